@@ -1,12 +1,11 @@
 """Early exits for your own text: `minisweet COMMAND ...`. `minisweet COMMAND --help` lists its options.
 
 fit         train on a file of texts, choose what to deploy, say what to expect
-choose      choose again, for another goal, or with more labels
-label       ask for the few labels that let more texts leave early
+choose      choose again, for another goal
 test        measure the deployed classifier on other labelled texts
 predict     predict the texts of a file
 explain     show each exit's answer to a text, or write a page of the validation texts
-export      write a run as a classifier for transformers, or as an ONNX file
+export      write a run as an ONNX file
 
 Of the paper:
 reproduce   train and evaluate the paper's grid and report it
@@ -19,21 +18,19 @@ import sys
 from minisweet.base.commands import Parser, run_command
 from minisweet.fast import tune_cpu
 
-OWN_TEXT = ("fit", "choose", "label", "test", "predict", "explain", "export")
+OWN_TEXT = ("fit", "choose", "test", "predict", "explain", "export")
 COMMANDS = {name: f"minisweet.classifier.{name}" for name in OWN_TEXT}
 COMMANDS |= {name: f"minisweet.paper.{name}" for name in ("reproduce", "gradients")}
 
 
 def main() -> None:
     """Run the command that the first word names. Its module reads the words after it."""
-    name, words = sys.argv[1:2], sys.argv[2:]
-    sys.argv = ["minisweet"]
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "minisweet")
     parser.add_argument("command", choices=COMMANDS)
-    command = parser.parse_args(name).command
-    sys.argv = [f"minisweet {command}", *words]
+    command = parser.parse_args(sys.argv[1:2]).command
     tune_cpu()
-    run_command(importlib.import_module(COMMANDS[command]).main)
+    main_of = importlib.import_module(COMMANDS[command]).main
+    run_command(lambda: main_of(sys.argv[2:]), f"minisweet {command}")
 
 
 if __name__ == "__main__":

@@ -191,9 +191,9 @@ def model_of(
     return build_model(method, first_layers, layers, num_labels, strategy)
 
 
-def random_bag(num_labels: int, pairs: bool = True) -> NgramExit:
-    """A bag of words whose tables hold random numbers."""
-    bag, generator = NgramExit(60, num_labels, [0, 1, 2, 3], pairs=pairs), torch.Generator().manual_seed(1)
+def random_bag(num_labels: int) -> NgramExit:
+    """A bag of words whose table holds random numbers."""
+    bag, generator = NgramExit(60, num_labels, [0, 1, 2, 3]), torch.Generator().manual_seed(1)
     for tensor in bag.state_dict().values():
         if tensor.is_floating_point():
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
@@ -235,9 +235,11 @@ def right_owners(name: str, exit_layers: tuple[int, ...], method: str) -> set[in
     return later if method == "ee" else set(sorted(later)[:1])  # with SWEET, the next exit alone
 
 
-def undecided_model(folder: Path, method: str, num_labels=2, seed=0, strategy="confidence", pooling=None) -> ExitModel:
+def undecided_model(
+    folder: Path, method: str, num_labels=2, seed=0, strategy="confidence", pooling=None, layers=(1, 2, 4)
+) -> ExitModel:
     """As `model_of`, in evaluation mode, and sure of some instances."""
-    model = model_of(folder, method, num_labels=num_labels, strategy=strategy, seed=seed, pooling=pooling)
+    model = model_of(folder, method, layers, num_labels, strategy, seed, pooling)
     for name, parameter in model.named_parameters():
         if "classifier" in name or "lte" in name:
             torch.nn.init.normal_(parameter)
@@ -267,10 +269,11 @@ def in_folder(folder: Path):
 def run(module, *arguments) -> int:
     """Call a module's main() with these arguments, as a command; returns its exit status."""
     room, _, name = module.__name__.rpartition(".")
+    words = list(map(str, arguments))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"minisweet {name}" if room else f"{name}.py", *map(str, arguments)])
+        patch.setattr(sys, "argv", [f"{name}.py", *words])
         try:
-            run_command(module.main)
+            run_command(*((lambda: module.main(words), f"minisweet {name}") if room else (module.main,)))
         except SystemExit as stopped:
             return stopped.code
     return 0
@@ -328,8 +331,7 @@ RUNS = {
     "ee": ["--method", "ee", "--train-size", 200],
     "mm": ["--method", "mm", "--train-size", 200],
     "lte": ["--method", "sweet", "--train-size", 200, "--exit-strategy", "lte"],
-    "pairs": "pairs.csv --method branch --text-columns first,second --label-column verdict".split(),
-    "bag": ["words.csv", "--exit-layers", "0,4"],
+    "bag": ["words.csv"],
 }
 
 
@@ -353,36 +355,29 @@ def write_model_of_words(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def run_of(tmp_path_factory):
-    """A function that gives the folder of a finished run, evaluated and chosen for: "sweet" or another of `RUNS`.
+    """A function that gives the folder of a finished run, which is evaluated: "sweet" or another of `RUNS`.
 
-    Each is made at its first use, of a tiny BERT in the folder `tiny` beside it. Nobody changes one: copy it first. For
-    "lte" nothing is chosen, since its exits learned when to be taken.
+    Each is made at its first use, of a tiny BERT in the folder `tiny` beside it. Nobody changes one: copy it first.
     """
     import evaluate
     import train
-    from minisweet.classifier import choose, fit
+    from minisweet.classifier import fit
 
     folder = tmp_path_factory.mktemp("runs")
     model = write_model_of_words(folder / "tiny")
-    good, bad = "good great superb film".split(), "bad dull awful not".split()
-    lines, draw = ["first,second,verdict"], Random(0)
-    for _ in range(240):
-        one, two, other = (draw.choice(good + bad) for _ in range(3))
-        is_yes = (one in good) + (two in good) + draw.random() > 1.5  # by chance where the two texts do not agree
-        lines.append(f"the {one} we {other},was {two},{'yes' if is_yes else 'no'}")
-    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
     texts, labels, _ = toy.make_toy("train")
     rows = [(text.replace(",", ""), TASKS["toy"].labels[label]) for text, label in zip(texts, labels, strict=True)]
     write_rows(folder / "words.csv", rows[:250], "text", "label")
 
     @functools.cache
     def finished(name: str) -> Path:
-        options = ["--model", model, "--out", name, *SHORT, "--epochs", 4, "--lr", "3e-3", *RUNS[name]]
+        options = ["--model", model, "--out", name, "--max-length", 32, "--amp", "off", "--epochs", 4, "--lr", "3e-3"]
         with in_folder(folder):
-            is_own = name in ("pairs", "bag")
-            assert run(fit if is_own else train, *options) == 0
-            assert is_own or run(evaluate, name) == 0
-            assert is_own or name == "lte" or run(choose, name) == 0
+            if name == "bag":
+                assert run(fit, *options, *RUNS[name]) == 0
+            else:
+                assert run(train, *options, "--exit-layers", "1,2,4", *RUNS[name]) == 0
+                assert run(evaluate, name) == 0
         return folder / name
 
     return finished

@@ -29,7 +29,7 @@ def test_without_labels_the_last_exit_keeps_its_temperature():
     assert fit_combined_rule(outputs).temperatures.tolist() == pytest.approx([0.6, 2.0], rel=0.1)
     rule = fit_combined_rule(outputs._replace(labels=labels * 0 - 1, metric="agreement"))
     assert rule.temperatures.tolist() == [pytest.approx(fit_temperature(logits[0], logits[1].argmax(-1))), 1.0]
-    assert not rule.needs_bag
+    assert rule.weights.tolist() == [0, 0]
 
 
 @given(st.integers(10, 60), st.integers(2, 4), st.floats(0.3, 3), st.floats(-1, 1), st.integers(0, 10**6))
@@ -56,24 +56,18 @@ def test_few_texts_choose_little_of_the_weight():
     assert 0 < means[0] < 0.15 < means[1] < 0.5 < means[2] < 0.85 < means[3] < 1
 
 
-def test_the_last_exit_is_fitted_to_labels_first_and_earlier_ones_then_to_its_answers():
-    logits, has_label = random_logits(3, 600, 3), torch.arange(600) < 300
-    labels = drawn_labels(logits[2] / 2 + logits[0] / 2, 2).where(has_label, -1)
+def test_full_depth_is_fitted_to_labels_first_and_the_bag_then_to_its_answers():
+    logits, has_label = random_logits(2, 600, 3), torch.arange(600) < 300
+    labels = drawn_labels(logits[1] / 2 + logits[0] / 2, 2).where(has_label, -1)
     outputs = Outputs(logits, None, labels, torch.arange(600), "accuracy", None)
     rule = fit_combined_rule(outputs, combines=True)
     bag = logits[0] / fit_temperature(logits[0, has_label], labels[has_label])
-    T, w = fit_answer(logits[2, has_label], bag[has_label], labels[has_label])
-    full = logits[2] / T + w * bag
-    first, middle, last = rule.all_calibrated(logits)
-    targets = labels.where(has_label, full.argmax(-1))
+    T, w = fit_answer(logits[1, has_label], bag[has_label], labels[has_label])
+    full = logits[1] / T + w * bag
+    first, last = rule.all_calibrated(logits)
     torch.testing.assert_close(last, full)
-    torch.testing.assert_close(first, logits[0] / fit_temperature(logits[0], targets))
-    T, w = fit_answer(logits[1], first, targets)
-    torch.testing.assert_close(middle, logits[1] / T + w * first)
-    rows = torch.arange(600)[::7]  # as live early exit asks it: some rows, with the bag's logits of all
-    later = rule.keep_exits([1, 2])
-    later.bag_logits = first
-    for k, expected in enumerate((middle, last)):
-        torch.testing.assert_close(later.calibrated(k, logits[1 + k, rows], rows), expected[rows], rtol=0, atol=0)
+    torch.testing.assert_close(first, logits[0] / fit_temperature(logits[0], labels.where(has_label, full.argmax(-1))))
+    rows = torch.arange(600)[::7]  # as live early exit asks it
+    torch.testing.assert_close(rule.full_depth(logits[1, rows], first[rows]), last[rows], rtol=0, atol=0)
     rule = fit_combined_rule(outputs._replace(labels=labels * 0 - 1, metric="agreement"), combines=True)
-    assert (rule.temperatures[2], rule.weights[2], rule.weights[1] != 0) == (1, 0, True)  # no label, no say there
+    assert (rule.temperatures[1], rule.weights[1]) == (1, 0)  # no label, no say there

@@ -17,7 +17,7 @@ from tests.conftest import CHECKOUT, write_model
 PACKAGE = CHECKOUT / "minisweet"
 FILES = [CHECKOUT / "train.py", CHECKOUT / "evaluate.py", *PACKAGE.rglob("*.py")]
 CLASSIFIER = [path for path in FILES if path.parent.name == "classifier"]
-CORE = "config layers bert deberta mpnet checkpoint exits methods adaptive live training texts tasks toy".split()
+CORE = "config fast layers bert deberta mpnet checkpoint exits methods adaptive live training texts tasks toy".split()
 LIBRARIES = {"torch", "numpy", "tokenizers", "safetensors"}
 
 

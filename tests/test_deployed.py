@@ -1,16 +1,14 @@
 """Runs of own text: what is loaded is what was saved, and nothing else is; what does not fit is refused in one line."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from minisweet.adaptive import Exits
 from minisweet.base.files import read_json, write_json
 from minisweet.classifier import choose, deployed
-from minisweet.classifier.deployed import ANSWERING, OwnRun, choose_for, fitted_of, load_run, save
+from minisweet.classifier.deployed import ANSWERING, OwnRun, choose_for, load_run, save
 from minisweet.classifier.promise import Goal
 from minisweet.classifier.split import units_of
 from minisweet.classifier.summary import summary
@@ -18,37 +16,29 @@ from minisweet.texts import Examples, Texts
 from tests.conftest import WORDS, random_bag, random_batch
 from tests.test_rows import refused
 
-PARTS = (*ANSWERING, "texts", "outputs", "given")
+PARTS = (*ANSWERING, "texts", "outputs")
 
 
 def test_what_is_loaded_is_what_was_saved(own_run, tmp_path):
     loaded = load_run(own_run, "model", "tokenizer")
-    pairs = [("the film", 'a "bad"\n\u2028 film'), *((word, "good film") for word in WORDS[:12])]
+    rows = ['the film a "bad"\n\u2028 film', *WORDS[:12]]
     groups, labels = [f"group {n % 5}" for n in range(12)], [n % 3 - 1 for n in range(13)]
-    texts = Texts(loaded.tokenizer, Examples(*map(list, zip(*pairs, strict=True)), labels, groups=[None, *groups]))
+    texts = Texts(loaded.tokenizer, Examples(rows, None, labels, groups=[None, *groups]))
     texts.units = units_of(texts)
-    record = replace(loaded.record, text_columns=["subject", "body"])
-    made = OwnRun(record, loaded.model, random_bag(2), loaded.tokenizer, texts)
-    given = dict.fromkeys(texts.keys[texts.labels < 0].tolist()[:2], 1)
-    made = choose_for(made._replace(given=given), Goal(max_share=0.5), "cpu", "off")
+    made = OwnRun(loaded.record, loaded.model, random_bag(2), loaded.tokenizer, texts)
+    made = choose_for(made, Goal(max_lost=40.0, sure=60.0), "cpu", "off")
     save(tmp_path / "run", made)
     again = load_run(tmp_path / "run", *PARTS)
-    assert (again.record, again.point, again.given) == (made.record, made.point, made.given)
+    assert (again.record, again.point) == (made.record, made.point)
     assert again.texts.examples == texts.examples
     for name in ("keys", "units"):
         assert getattr(again.texts, name).tolist() == getattr(texts, name).tolist()
-    for module, as_made in ((again.model, made.model), (again.bag, made.bag)):
-        torch.testing.assert_close(module(*random_batch()), as_made(*random_batch()), rtol=0, atol=0)
+    for module, as_made, inputs in ((again.model, made.model, 3), (again.bag, made.bag, 2)):
+        batch = random_batch()[:inputs]
+        torch.testing.assert_close(module(*batch), as_made(*batch), rtol=0, atol=0)
     for ours, theirs in zip(again.outputs, made.outputs, strict=True):
         assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
-    assert read_json(tmp_path / "run" / "operating.json")["goal"] == {"max_share": 0.5}
-
-
-@pytest.mark.parametrize("name", ["sweet", "mm", "plain"])
-def test_a_run_of_train_py_has_no_bag_of_words(run_of, name):
-    loaded = load_run(run_of(name), *PARTS)
-    assert (loaded.bag, fitted_of(loaded.record).combines, loaded.given) == (None, False, {})
-    assert loaded.outputs.exits.layers == loaded.record.exit_layers == fitted_of(loaded.record).exit_layers
+    assert read_json(tmp_path / "run" / "operating.json")["goal"] == {"max_lost": 40, "sure": 60}
 
 
 def test_only_what_is_needed_is_read(own_run, command, tmp_path):
@@ -69,15 +59,12 @@ def test_only_what_is_needed_is_read(own_run, command, tmp_path):
         ("operating.json", "goal", {"max_lost": 200}, "operating.json: goal: max_lost: 200, should be a number from"),
         ("operating.json", "id", "0", "operating.json: belongs to other weights than the model beside it; first: min"),
         ("bag_of_words.safetensors", None, None, "bag_of_words.safetensors: not readable (No such file"),
-        ("labels.jsonl", "", "", "labels.jsonl: not readable (KeyError('key')"),
         ("logits.safetensors", None, None, "logits.safetensors); make it again: minisweet choose "),
     ],
 )
 def test_what_does_not_fit_is_named(own_run, tmp_path, name, key, value, message):
     run = Path(shutil.copytree(own_run, tmp_path / "run"))
-    if key == "":
-        (run / name).write_text("{}\n")
-    elif key:
+    if key:
         write_json(run / name, read_json(run / name) | {key: value})
     else:
         (run / name).unlink()
@@ -112,13 +99,11 @@ def test_to_ask_moves_no_weights_that_others_share(own_run, monkeypatch):
     assert {part.device.type for part in (*run.model.parameters(), *run.bag.buffers())} == {"cpu"}
 
 
-def test_the_summary_tells_who_judges_and_how_many_texts_are_sent(own_run):
-    """Where the model's last exit is halfway, half of the layers run for a text that is sent."""
+def test_the_summary_tells_who_judges(own_run):
     run = load_run(own_run, "outputs")
-    outputs = run.outputs._replace(units=run.outputs.keys, exits=Exits([0, 2], [0.0, 0.0], 4, False))
+    outputs = run.outputs._replace(units=run.outputs.keys)
     run = choose_for(run._replace(outputs=outputs), Goal(), "cpu", "off")
     lines = summary(run).splitlines()
-    assert f"of 100 texts {200 * run.point.share:.0f} are sent to the model" in lines
     reasons = "a quarter chooses the thresholds to try, one text of each group judges"
     assert f"{run.point.judging_texts} of 160 validation rows judge: {reasons}" in lines
     constant = torch.eye(outputs.logits.shape[-1])[0].expand_as(outputs.logits)

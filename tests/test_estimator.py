@@ -35,7 +35,7 @@ def opinions_of(part: slice) -> tuple[list[str], list[str]]:
 
 def test_the_example_of_its_docstring(new, tmp_path):
     texts, labels = opinions_of(slice(100))
-    classify = new(exit_layers=[0, 2, 4], method="branch")
+    classify = new()
     random_state = torch.get_rng_state()
     assert classify.fit(texts, labels) is classify
     assert torch.get_rng_state().equal(random_state)
@@ -48,9 +48,9 @@ def test_the_example_of_its_docstring(new, tmp_path):
     again = EarlyExitClassifier.load(tmp_path / "run", batch_size=7)
     assert (again.operating_point, again.max_lost, again.epochs) == (classify.operating_point, 20, 1)
     assert again.classify(texts) == classify.classify(texts)
-    full = classify.choose(max_share=1.0)
+    full = classify.choose(max_lost=0.01)
     assert {answer.exit_layer for answer in full.classify(texts)} == {4}
-    assert again.choose(max_share=0.0).operating_point.share < 0.5
+    assert again.choose(max_lost=99).operating_point.share < 0.5
 
 
 def test_scikit_learn_takes_it(new):
@@ -59,7 +59,7 @@ def test_scikit_learn_takes_it(new):
     from sklearn.pipeline import Pipeline
     from sklearn.preprocessing import FunctionTransformer
 
-    classify, (texts, labels) = new(exit_layers=[0, 1]), opinions_of(slice(60))
+    classify, (texts, labels) = new(), opinions_of(slice(60))
     clone = base.clone(classify.set_params(seed=3))
     assert clone.get_params() == classify.get_params() != new().get_params()
     assert (repr(clone), base.is_classifier(clone), hasattr(clone, "classes_")) == (repr(classify), True, False)
@@ -73,7 +73,7 @@ def test_scikit_learn_takes_it(new):
 def test_columns_are_in_the_order_of_numpy_and_a_terminal_stays_silent(new, monkeypatch, capsys):
     texts, labels = opinions_of(slice(60))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    classify = new(exit_layers=[0, 1]).fit(texts, ["2" if label == "up" else "10" for label in labels])
+    classify = new().fit(texts, ["2" if label == "up" else "10" for label in labels])
     assert "%" not in capsys.readouterr().err
     assert (classify.deployed.labels, classify.classes_.tolist()) == (["2", "10"], ["10", "2"])
     assert classify.classes_[classify.predict_proba(texts).argmax(1)].tolist() == classify.predict(texts).tolist()
@@ -85,7 +85,7 @@ def test_columns_are_in_the_order_of_numpy_and_a_terminal_stays_silent(new, monk
 def test_labels_keep_their_type(new, tmp_path, names, kind):
     texts, labels = opinions_of(slice(60))
     labels = [None if n == 7 else names[label == "up"] for n, label in enumerate(labels)]
-    new(exit_layers=[0, 1]).fit(texts, labels).save(tmp_path / "run")
+    new().fit(texts, labels).save(tmp_path / "run")
     classify = EarlyExitClassifier.load(tmp_path / "run")
     assert ({*map(type, classify.deployed.labels)}, classify.classes_.tolist()) == ({kind}, sorted(names))
     assert {answer.label for answer in classify.classify(texts)} <= {*names}
@@ -95,7 +95,7 @@ def test_labels_keep_their_type(new, tmp_path, names, kind):
 
 def test_without_labels_a_trunk_is_enough_and_its_labels_keep_their_type(new, tmp_path):
     texts, trunk = opinions_of(slice(80))[0], str(tmp_path / "trunk")
-    new(exit_layers=[0, 1]).fit(texts, [n % 3 for n in range(80)]).save(trunk)
+    new().fit(texts, [n % 3 for n in range(80)]).save(trunk)
     classify = new(trunk=trunk).fit(None, None, unlabelled=opinions_of(slice(100, 200))[0])
     assert (classify.classes_.tolist(), classify.operating_point.labelled_judges) == ([0, 1, 2], 0)
     some = new(trunk=trunk)
@@ -107,44 +107,42 @@ def test_without_labels_a_trunk_is_enough_and_its_labels_keep_their_type(new, tm
             new(trunk=trunk).fit(None, None, unlabelled=few)
 
 
-def test_pairs_and_rows_to_validate_on(new):
-    (first, labels), (second, _) = opinions_of(slice(90)), opinions_of(slice(100, 190))
-    pairs = list(zip(first, second, strict=True))
-    classify = new(exit_layers=[0, 1])
-    more = pairs[15:50] + pairs[70:]  # the more, so that the model learns of them
-    classify.fit(np.array(pairs[:15]), labels[:15], unlabelled=more, validation=(pairs[50:70], labels[50:70]))
-    assert {"regression", "trunk again"} <= {*classify.record.stages}
-    assert classify.record.text_columns == ["sentence1", "sentence2"]
-    assert len(classify.predict(pairs)) == 90
+def test_rows_to_validate_on_and_more_unlabelled_texts(new):
+    texts, labels = opinions_of(slice(90))
+    more = texts[15:50] + texts[70:]  # the more, so that the model learns of them
+    classify = new().fit(np.array(texts[:15]), labels[:15], unlabelled=more, validation=(texts[50:70], labels[50:70]))
+    assert {"regression", "learning from its own answers"} <= {*classify.record.stages}
+    assert classify.deployed.run.texts.examples.first == texts[50:70]
 
 
 GOOD = opinions_of(slice(40))
-PAIRS = [(text, text) for text in GOOD[0]], GOOD[1]
 BAD = [
     (GOOD[0], GOOD[1][:3], {}, "labels: 3, should be as many as the texts, 40"),
-    ([("a", "b"), "c"], ["x", "y"], {}, "item 1: 'c', should be a pair of texts"),
+    (
+        [("a", "b"), "c"],
+        ["x", "y"],
+        {},
+        "item 0: .'a', 'b'., should be one text; join the two texts into one, or train",
+    ),
     (None, None, {}, "texts: None, should be a list"),
     (GOOD[0], [1, "x"] * 20, {}, "labels: int and str are mixed, should be of one type"),
     (GOOD[0], ["x", "\ud800"] * 20, {}, r"item 1: '.ud800' holds half of a character"),
-    (*GOOD, {"method": "sweet"}, "method: 'sweet', should be one of plain, branch"),
     (GOOD[0], np.eye(40), {}, "item 0: .* is not a label, should be text or a number"),
     (*GOOD, {"dev_size": 200}, "dev_size: 200, should be "),
     (*GOOD, {"sure": "90"}, "sure: '90', should be a number from 50 to 99.9"),
-    (*GOOD, {"max_share": float("nan")}, "max_share: nan, should be a number from 0 to 1"),
-    (*GOOD, {"exit_layers": "x"}, "exit_layers: 'x', should be "),
+    (*GOOD, {"max_lost": float("nan")}, "max_lost: nan, should be a number from 0.01 to 99.99"),
     (*GOOD, {"trunk": "no-such"}, "^trunk: no-such is not a folder"),
     (*GOOD, {"groups": ["a"]}, "^groups: 1, should be as many as the texts, 40"),
     (*GOOD, {"unlabelled": ["a"], "unlabelled_groups": "a"}, "^unlabelled_groups: 'a', should be a list"),
     ([" "] * 40, GOOD[1], {}, "^texts: all of them are empty"),
-    (list(zip(*GOOD, strict=True)), GOOD[1], {}, "^texts: the second of each pair is its label"),
-    (*PAIRS, {"validation": (["a"], ["up"])}, "^item 0: 'a', should be a pair of texts"),
-    (*PAIRS, {"validation": ([], [])}, "^validation: has no rows"),
+    (*GOOD, {"validation": ([], [])}, "^validation: has no rows"),
+    (*GOOD, {"validation": (["a"],)}, r"^validation: should be \(texts, labels\)"),
 ]
 
 
 @pytest.mark.parametrize(("texts", "labels", "options", "message"), BAD, ids=[row[3] for row in BAD])
 def test_what_cannot_be_trained_on_is_named(new, monkeypatch, texts, labels, options, message):
-    monkeypatch.setattr("minisweet.classifier.fit.train_stage", None)  # nothing is trained before
+    monkeypatch.setattr("minisweet.classifier.fit.fine_tune", None)  # nothing is trained before
     of_fit = {name: options[name] for name in options.keys() - PARAMETERS.keys()}
     classify = new(**{name: options[name] for name in options.keys() & PARAMETERS.keys()})
     with pytest.raises(InputError, match=message):
@@ -153,7 +151,7 @@ def test_what_cannot_be_trained_on_is_named(new, monkeypatch, texts, labels, opt
 
 def test_a_second_fit_that_fails_leaves_the_first_model_whole(new, tmp_path, monkeypatch):
     """Where the training diverges, and where it is over and choosing fails."""
-    classify, texts = new(exit_layers=[0, 1]).fit(*GOOD), GOOD[0]
+    classify, texts = new().fit(*GOOD), GOOD[0]
     before = classify.classify(texts)
     with pytest.raises(InputError, match=r"^lr: at 1e\+30 the loss became infinite or NaN"):
         classify.set_params(lr=1e30).fit(texts, ["x", "y"] * 20)
@@ -164,7 +162,7 @@ def test_a_second_fit_that_fails_leaves_the_first_model_whole(new, tmp_path, mon
     assert classify.classify(texts) == before
     classify.save(tmp_path / "run")
     assert EarlyExitClassifier.load(tmp_path / "run").classify(texts) == before
-    assert classify.choose(max_share=0.0).classes_.tolist() == ["down", "up"]
+    assert classify.choose(max_lost=99).classes_.tolist() == ["down", "up"]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda classify: pickle.loads(pickle.dumps(classify))])
@@ -176,7 +174,7 @@ def test_a_copy_needs_neither_the_original_nor_its_folder(own_run, tmp_path, cop
     classify.save(tmp_path / "saved")
     for again in (classify, EarlyExitClassifier.load(tmp_path / "saved")):
         assert again.classify(TEXTS) == expected
-        assert again.choose(max_share=0.0).operating_point.share < 0.5
+        assert again.choose(max_lost=99).operating_point.share < 0.5
 
 
 @pytest.mark.parametrize(
@@ -189,9 +187,9 @@ def test_a_copy_needs_neither_the_original_nor_its_folder(own_run, tmp_path, cop
         ([], {"threshold": 1.5}, "^threshold: 1.5, should be a number from 0 to 1"),
     ],
 )
-def test_what_cannot_be_answered_is_named(run_of, texts, options, message):
+def test_what_cannot_be_answered_is_named(own_run, texts, options, message):
     with pytest.raises(InputError, match=message):
-        EarlyExitClassifier.load(run_of("sweet"), **options).predict(texts)
+        EarlyExitClassifier.load(own_run, **options).predict(texts)
 
 
 def frame(*columns: list) -> SimpleNamespace:
@@ -202,9 +200,9 @@ def frame(*columns: list) -> SimpleNamespace:
 NA = type("NAType", (), {"__eq__": lambda *_: NA, "__ne__": lambda *_: NA, "__bool__": lambda _: 1 / 0})()  # pandas'
 
 
-def test_frames_series_and_columns_are_taken_and_another_length_is_not(new, run_of, caplog):
+def test_frames_series_and_columns_are_taken_and_another_length_is_not(new, caplog):
     texts, labels = opinions_of(slice(60))
-    classify = new(exit_layers=[0, 1]).fit(frame([*texts, " "]), frame([*labels[:-1], NA, "up"]))
+    classify = new().fit(frame([*texts, " "]), frame([*labels[:-1], NA, "up"]))
     assert "empty texts, skipped: 1" in caplog.text
     assert classify.predict(frame(texts)).tolist() == classify.predict(texts).tolist()
     expected = classify.score(texts, labels)
@@ -216,15 +214,13 @@ def test_frames_series_and_columns_are_taken_and_another_length_is_not(new, run_
         classify.score(texts, labels[:1])
     with pytest.raises(InputError, match="item 0: has no label"):
         classify.score(texts, [NA] * 60)
-    pairs = EarlyExitClassifier.load(run_of("pairs"))
-    assert pairs.predict(frame(texts, texts)).tolist() == pairs.predict([(text, text) for text in texts]).tolist()
 
 
 def test_verbose_tells_and_else_it_is_silent(new, capsys, monkeypatch):
     monkeypatch.setattr(LOG, "handlers", [])  # of commands that were tested before
     texts, labels = opinions_of(slice(60))
     for verbose in (0, 1):
-        classify = new(exit_layers=[0, 1], verbose=verbose).fit(texts, labels)
+        classify = new(verbose=verbose).fit(texts, labels)
         told = capsys.readouterr().err
         assert ("rows to train on" in told, "fine-tuning" in told) == (bool(verbose),) * 2
     assert classify.get_params()["verbose"] == 1
@@ -232,7 +228,7 @@ def test_verbose_tells_and_else_it_is_silent(new, capsys, monkeypatch):
 
 def test_what_the_commands_do_is_done_from_python(new, tmp_path):
     texts, labels = opinions_of(slice(100))
-    classify = new(exit_layers=[0, 2]).fit(texts, labels)
+    classify = new().fit(texts, labels)
     lines = classify.summary().splitlines()
     assert [line[:12].strip() for line in lines[1:4]] == ["a bag of wor", "deployed", "full depth"]
     assert lines[-1] == classify.promise
@@ -247,13 +243,9 @@ def test_what_the_commands_do_is_done_from_python(new, tmp_path):
         classify.test(texts, labels)
     assert classify.test([f"{text} ." for text in others[0]], [None] * 100)["score"] is None
     first, last = (explained[-1][0] for explained in classify.explain(texts[:2]))
-    assert [first.exit_layer, last.exit_layer] == [2, 2]
-    (told,) = classify.export(tmp_path / "folder")
-    assert "the first 2 layers" in told
-    assert "without exit 0, which contributes" in told
-    with pytest.raises(InputError, match="^int8: is for one file"):
-        classify.export(tmp_path / "other", int8=True)
-    assert (tmp_path / "folder" / "config.json").is_file()
+    assert [first.exit_layer, last.exit_layer] == [4, 4]
+    with pytest.raises(InputError, match="other: should end in .onnx$"):
+        classify.export(tmp_path / "other")
     if importlib.util.find_spec("onnxscript"):
         assert classify.export(tmp_path / "a.onnx", int8=True)[0].startswith(f"{tmp_path}/a.onnx: int8")
 
@@ -262,45 +254,44 @@ def test_before_it_is_trained_it_says_so(new, tmp_path):
     for call in (lambda: new().predict(["a"]), new().choose, lambda: new().save(tmp_path / "a")):
         with pytest.raises(InputError, match="not trained yet; call fit, or EarlyExitClassifier.load"):
             call()
-    for name, right in (("no_such", "model, method"), ("max_loss", "max_lost$")):
+    for name, right in (("no_such", "model, trunk"), ("max_loss", "max_lost$")):
         with pytest.raises(InputError, match=f"^{name}: unknown parameter, should be one of {right}"):
             new().set_params(**{name: 1})
 
 
-def test_any_number_of_texts_in_order(run_of):
-    run = run_of("sweet")
-    classify = EarlyExitClassifier.load(run, threshold=0.75)
+def test_any_number_of_texts_in_order(own_run):
+    classify = EarlyExitClassifier.load(own_run, threshold=0.75)
     alone = [classify.classify([text])[0] for text in TEXTS]
     many = iter(TEXTS * 300)  # more than are gathered at once
     for answer, expected in zip(classify.classify(many), alone * 300, strict=True):
         assert (answer.label, answer.exit_layer) == (expected.label, expected.exit_layer)
         assert answer.confidence == pytest.approx(expected.confidence, abs=1e-6)
         assert list(answer.probabilities) == classify.deployed.labels
-    both = [EarlyExitClassifier.load(run, threshold=1, amp=amp).predict_proba(TEXTS) for amp in ("off", "bf16")]
+    both = [EarlyExitClassifier.load(own_run, threshold=1, amp=amp).predict_proba(TEXTS) for amp in ("off", "bf16")]
     assert 0 < np.abs(both[0] - both[1]).max() < 0.05
 
 
-def test_threads_share_a_classifier_while_one_chooses(run_of):
+def test_threads_share_a_classifier_while_one_chooses(own_run):
     """All answers are of one of the goals, and of no mixture."""
-    classify, shares = EarlyExitClassifier.load(run_of("sweet")), [0.0, 0.6, 1.0]
-    right = [classify.choose(max_share=share).classify(TEXTS) for share in shares]
+    classify, goals = EarlyExitClassifier.load(own_run), [0.01, 10, 99]
+    right = [classify.choose(max_lost=most).classify(TEXTS) for most in goals]
+    assert right[0] != right[2]
     with ThreadPoolExecutor(8) as pool:
         found = [pool.submit(classify.classify, TEXTS) for _ in range(100)]
-        for share in shares * 10:
-            classify.choose(max_share=share)
+        for most in goals * 10:
+            classify.choose(max_lost=most)
         assert all(future.result() in right for future in found)
 
 
-def test_the_goal_is_the_constructors_and_what_was_not_chosen_promises_nothing(run_of, caplog, tmp_path):
+def test_the_goal_is_the_constructors_and_what_was_not_chosen_promises_nothing(own_run, caplog, tmp_path):
     """Another threshold, and another precision than that in which it was judged."""
-    classify = EarlyExitClassifier.load(run_of("sweet"), threshold=0.5, amp="off")
+    classify = EarlyExitClassifier.load(own_run, threshold=0.5, amp="off")
     assert classify.promise == "threshold 0.5 is not the one that was chosen, so nothing is promised"
-    assert classify.set_params(max_share=0.3).choose().operating_point.goal == Goal(max_share=0.3)
+    assert classify.set_params(max_lost=40).choose().operating_point.goal == Goal(max_lost=40)
     assert classify.promise.startswith(f"On {classify.operating_point.judging_texts} of your texts")
     for goal in ({"max_lost": 20.0}, {"sure": 80.0}):
-        assert classify.choose(**goal).operating_point.goal == Goal(**goal)
-    assert classify.choose(max_lost=9).choose(labels=([], [])).operating_point.goal == Goal(max_lost=9.0)
-    classify.choose(max_share=0.3, sure=80).save(tmp_path / "fast")
+        assert classify.choose(**goal).operating_point.goal == Goal(**{"max_lost": 40} | goal)
+    classify.choose(max_lost=40).save(tmp_path / "fast")
     before = (tmp_path / "fast" / "logits.safetensors").read_bytes()
     for options in ({"threshold": 0.9, "amp": "bf16"}, {"amp": "off"}, {"amp": "bf16"}):
         other = EarlyExitClassifier.load(tmp_path / "fast", **options)

@@ -1,4 +1,4 @@
-"""How `minisweet fit` trains: what a trunk keeps, what branches and bag learn, and for how long."""
+"""How `minisweet fit` trains: what a trunk keeps, what model and bag learn, and for how long."""
 
 import math
 from operator import itemgetter
@@ -17,7 +17,7 @@ from minisweet.classifier.deployed import load_run, tokenize
 from minisweet.classifier.fit import (
     EPOCHS,
     EPOCHS_AGAIN,
-    EPOCHS_OF_OTHERS,
+    EPOCHS_OF_TWO,
     STEPS,
     FitOptions,
     epochs_of,
@@ -66,67 +66,33 @@ def fitted(command):
     return run_and_read
 
 
-def test_the_bag_of_words_changes_no_other_exit_and_they_do_not_change_it(fitted):
-    for layers, method in (("0,2,4", "branch"), ("2,4", "branch"), ("0,4", "plain"), ("4", "plain")):
-        fitted("--exit-layers", layers, "--method", method, "--out", layers)
-    assert are_equal(weights_of("0,2,4"), weights_of("2,4"))
-    assert are_equal(weights_of("0,4"), weights_of("4"))
-    assert are_equal(bag_of("0,2,4"), bag_of("0,4"))
-    assert not Path("4/bag_of_words.safetensors").exists()
-
-
-@pytest.mark.parametrize("method", ["plain", "branch"])
-def test_a_trunk_gets_a_bag_of_words_and_stays_as_it_is(fitted, method):
+def test_a_trunk_gets_a_bag_of_words_and_stays_as_it_is(fitted):
     """The trunk has a bag of words itself; another one is fitted."""
     fitted("--out", "trunk", file=["other.csv"])
-    printed = fitted("--trunk", "trunk", "--method", method, "--exit-layers", "0,4", "--out", "run")
-    assert "no layer is trained: the trunk stays as it is" in printed
+    assert "no layer is trained: the trunk stays as it is" in fitted("--trunk", "trunk", "--out", "run")
     assert are_equal(weights_of("trunk"), weights_of("run"))
     assert not are_equal(bag_of("trunk"), bag_of("run"))
     before, record = (read_json(Path(f"{name}/run.json")) for name in ("trunk", "run"))
-    assert (record["losses"], list(record["stages"]), record["fit"]["exit_layers"]) == ({}, ["exit 0"], [0, 4])
+    assert (record["losses"], list(record["stages"])) == ({}, ["exit 0"])
     assert (before["fit"]["combines"], record["fit"]["combines"]) == (True, False)
     assert set(before["trained_keys"]) < set(record["trained_keys"])
 
 
-def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(fitted):
-    branches = ["--method", "branch", "--exit-layers", "1,2,4"]
-    fitted("--exit-layers", 4, "--out", "plain")
-    fitted(*branches, "--out", "branch")
-    for trunk in ("plain", "branch"):
-        fitted("--trunk", trunk, *branches, "--out", f"on-{trunk}")
-    ours, plain = weights_of("branch"), weights_of("plain")
-    of_trunk = {
-        name.replace("heads.2.", "heads.0."): ours[name] for name in ours if name.startswith(("enc", "heads.2"))
-    }
-    assert are_equal(of_trunk, plain)
-    assert are_equal(weights_of("on-plain"), ours)
-    assert are_equal(weights_of("on-branch"), ours)
-
-
 @pytest.mark.parametrize("file", ["own.csv", "--unlabelled"])
-def test_branches_and_bag_learn_the_same_labels_or_what_the_trunk_answers(fitted, monkeypatch, file):
+def test_the_bag_learns_labels_or_what_the_trunk_answers(fitted, monkeypatch, file):
     """The trunk answers without dropout."""
-    fitted("--method", "plain", "--exit-layers", 4, "--out", "one")
-    seen = {}
-
-    def spy_on(module, name: str) -> None:
-        call = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *given, **named: seen.update({name: given}) or call(*given, **named))
-
-    spy_on(training, "exit_loss")
-    spy_on(fit, "fit_ngrams")
-    options = ["--trunk", "one", "--method", "branch", "--exit-layers", "0,2,4", "--out", "a"]
-    fitted(*options, file=[file] if file == "own.csv" else [file, "own.csv"])
-    (_, inputs, of_bag, _), (*_, of_branches) = seen["fit_ngrams"], seen["exit_loss"]
-    assert torch.equal(of_branches.sort(0).values, of_bag.sort(0).values)
+    fitted("--out", "one")
+    seen, call = [], fit.fit_ngrams
+    monkeypatch.setattr(fit, "fit_ngrams", lambda *given: seen.append(given) or call(*given))
+    fitted("--trunk", "one", "--out", "a", file=[file] if file == "own.csv" else [file, "own.csv"])
+    ((_, inputs, of_bag, _),) = seen
     if file == "own.csv":
         labels = read_json(Path("a/run.json"))["labels"]
         assert (len(of_bag), of_bag.unique().tolist(), labels) == (240, [0, 1], ["negative", "positive"])
         return
     model = load_model(Path("one"), read_record(Path("one")))
     with torch.no_grad():
-        answers = torch.cat([model(*batch)[0].softmax(-1) for batch in inputs])
+        answers = torch.cat([model(ids, mask)[0].softmax(-1) for ids, mask in inputs])
     torch.testing.assert_close(of_bag, answers, atol=1e-5, rtol=1e-5)
 
 
@@ -137,13 +103,13 @@ def test_pickled_weights_are_enough_and_the_record_counts_the_rows(fitted):
     assert read_record(Path("a")).arguments.train_size == 240
 
 
-def test_epochs_follow_from_what_a_stage_learns(command, monkeypatch):
-    """Labelled texts, pairs, and teachers' answers to other texts, which are more than the labels."""
+def test_epochs_follow_from_what_is_learned(command, monkeypatch):
+    """Labels, and then teachers' answers to other texts, which are more than the labels."""
     write_model(Path("tiny"), "bert")
-    for name, *columns in (("own", "text"), ("more", "text"), ("most", "text"), ("pairs", "sentence1", "sentence2")):
-        conftest.write_table(Path(f"{name}.csv"), [*columns, "label"], {"label": ["a", "b", "c"]})
+    for name in ("own", "more", "most"):
+        conftest.write_table(Path(f"{name}.csv"), ["text", "label"], {"label": ["a", "b", "c"]})
     monkeypatch.setattr(fit, "MOST_AGAIN", 400)
-    steps, titles, options = [], [], "--model tiny --max-length 32 --batch-size 4 --overwrite --out run".split()
+    steps, titles, options = [], [], "--model tiny --max-length 32 --batch-size 4 --out run".split()
 
     def record(model, batches, count: int, *_, title: str) -> list:
         steps.append(count)
@@ -151,23 +117,16 @@ def test_epochs_follow_from_what_a_stage_learns(command, monkeypatch):
         return []
 
     monkeypatch.setattr(training, "fine_tune", record)
-    for words in ("own.csv --unlabelled more.csv --unlabelled most.csv --method branch", "pairs.csv"):
-        before = sum(steps)
-        status, _, err = command(fit, *words.split(), *options)
-        assert (status, f" stage{'s' * ('own' in words)}, {sum(steps) - before:,} steps, lr" in err) == (0, True), err
-    assert titles == ["fine-tuning", "learning from its own answers", "branches", "fine-tuning"]
-    rows, all_rows = 240, 240 + 480  # of 300, and of 600 others
-    expected = [(rows, epochs_of(rows, 4, 3)), (rows + 400, EPOCHS_AGAIN)]
-    expected += [(all_rows, epochs_of(all_rows, 4, 3, False)), (rows, epochs_of(rows, 4, 3, False))]
-    assert steps == [epochs * some // 4 for some, epochs in expected]
+    status, _, err = command(fit, *"own.csv --unlabelled more.csv --unlabelled most.csv".split(), *options)
+    assert (status, f"{sum(steps):,} steps, lr" in err) == (0, True), err
+    assert titles == ["fine-tuning", "learning from its own answers"]
+    assert steps == [epochs_of(240, 4, 3) * 240 // 4, EPOCHS_AGAIN * (240 + 400) // 4]  # of 300, and of 600 others
 
 
-@pytest.mark.parametrize(
-    ("classes", "are_single", "least"), [(3, True, EPOCHS), (2, True, EPOCHS_OF_OTHERS), (3, False, EPOCHS_OF_OTHERS)]
-)
-def test_epochs_make_so_many_steps_and_are_so_many_at_least(classes, are_single, least):
+@pytest.mark.parametrize(("classes", "least"), [(3, EPOCHS), (2, EPOCHS_OF_TWO)])
+def test_epochs_make_so_many_steps_and_are_so_many_at_least(classes, least):
     for rows in (1, 16 * STEPS // least, 16 * STEPS // least + 1, 10**6):
-        steps, epochs = math.ceil(rows / 16), epochs_of(rows, 16, classes, are_single)
+        steps, epochs = math.ceil(rows / 16), epochs_of(rows, 16, classes)
         assert epochs == least or (epochs - 1) * steps < STEPS
         assert epochs >= max(least, STEPS / steps)
 
@@ -193,18 +152,10 @@ def test_a_training_that_diverges_leaves_its_step_and_no_weights(fitted, command
 @pytest.mark.parametrize(
     ("options", "unlabelled", "message"),
     [
-        ({"exit_layers": [4]}, ["a film"], "^unlabelled: without exit 0 or branches nothing learns from it; add 0 to"),
         ({}, ["the film", "THE film", "a film"], "^unlabelled: no text is left: all of them are also labelled, or set"),
-        (
-            {"exit_layers": [0, 2, 4]},
-            [],
-            "^exit_layers: 0,2,4, and exits between 0 and the last need the method",
-        ),
-        ({"exit_layers": [0, 5]}, [], "^exit_layers: 0,5, should increase and end at one of the layers 1 to 4$"),
         ({"names": [None, None]}, ["the"], "^own: no row has a label$"),
         ({"names": ["x", None]}, [], "^own: all rows have the label 'x', needs two or more$"),
         ({"dev_size": 0.1}, [], "^own: too few rows: no text can be set aside, or none is left to learn from$"),
-        ({"exit_layers": [0]}, [], "^exit_layers: 0, should increase and end at one of the layers 1 to 4$"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(tmp_path, options, unlabelled, message):
@@ -214,21 +165,19 @@ def test_what_cannot_be_trained_is_refused(tmp_path, options, unlabelled, messag
         model=str(write_model(tmp_path / "tiny", "bert")), max_length=16, **{"dev_size": 0.5} | options
     )
     with pytest.raises(InputError, match=message):
-        fit_texts(
-            options, "own", rows, None, Examples(unlabelled, None, None) if unlabelled else None, Columns(["text"])
-        )
+        fit_texts(options, "own", rows, None, Examples(unlabelled, None, None) if unlabelled else None, Columns("text"))
 
 
 # On a model of words, with what it makes of opinions.
 
 
 def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, command, monkeypatch):
-    """The plain model where these are more than the labels, from itself and its embeddings; and branches always."""
+    """Where these are more than the labels: from the model itself and its embeddings."""
     embedded, heard = [], []
 
-    def spied(encoder, *more) -> torch.Tensor:
+    def spied(encoder, texts) -> torch.Tensor:
         assert not encoder.training
-        embedded.append((encoder.layers[-1].output.weight.clone(), embed(encoder, *more), more[1]))
+        embedded.append((encoder.layers[-1].output.weight.clone(), embed(encoder, texts), texts))
         return embedded[-1][1]
 
     monkeypatch.setattr(fit, "embed", spied)
@@ -236,14 +185,14 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
     write_rows(Path("few.csv"), [[text] for text, _ in opinions(400)[300:]], "text")
     Path("half.jsonl").write_text('{"text": "the film is you", "label": [1]}\n' * 2)  # labels are not read
     folder = own_run.parent
-    options = [folder / "own.csv", *OWN[2:], "--model", folder / "tiny", "--out", "run", "--method", "branch"]
+    options = [folder / "own.csv", *OWN[2:], "--model", folder / "tiny", "--out", "run"]
     for files, counts, stages in (
         (
             [folder / "more.csv", "half.jsonl"],
             "401 to learn from, 100 to judge; left out: 28 also labelled, or duplicates\n",
-            {"trunk": 240, "trunk again": 240 + 401, "branches": 240 + 401},
+            {"fine-tuning": 240, "learning from its own answers": 240 + 401},
         ),
-        (["few.csv"], "80 to learn from, 20 to judge", {"trunk": 240, "branches": 240 + 80}),
+        (["few.csv"], "80 to learn from, 20 to judge", {"fine-tuning": 240}),
     ):
         more = [word for file in files for word in ("--unlabelled", file)]
         status, _, err = command(fit, *options, *more, "--overwrite")
@@ -251,22 +200,19 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
         assert f"epochs: 2, fewer than the default of {epochs_of(240, 16, 2)}; the model may learn nothing" in err
         steps = {stage: len(losses) for stage, losses in read_json(Path("run/run.json"))["losses"].items()}
         assert steps == {stage: 2 * -(-rows // 16) for stage, rows in stages.items()}
-    (before, vectors, examples), (first, second) = *embedded, *heard  # once each
+    (before, vectors, texts), (first, second) = *embedded, *heard  # once each
     assert torch.equal(before, load_encoder(folder / "tiny").layers[-1].output.weight)  # by public weights
-    labels = torch.tensor(examples.labels)
+    labels = torch.tensor(texts.labels)
     assert ((labels[:240] >= 0).all(), (labels[240:] < 0).all(), first.shape) == (True, True, (401, 2))
     torch.testing.assert_close(second, regress(vectors, torch.eye(2)[labels[:240]])[240:])
 
 
-@pytest.mark.parametrize("method", ["plain", "branch"])
-def test_a_finished_classifier_gets_exits_without_any_label(own_run, run_of, command, method):
-    """A run of fit or train.py, with texts as long, or a classifier that was trained elsewhere. It stays as it is."""
-    options = ["--unlabelled", own_run.parent / "more.csv", "--out", "run", "--method", method, *OWN[4:]]
+def test_a_finished_classifier_gets_an_exit_without_any_label(own_run, command):
+    """A run of fit, with texts as long, or a classifier that was trained elsewhere. It stays as it is."""
+    options = ["--unlabelled", own_run.parent / "more.csv", "--out", "run", *OWN[4:]]
     theirs = write_classifier(Path("theirs"))
-    of_toy = ["negative", "positive"]
     for trunk, labels, length in (
         (own_run, ["down", "up"], []),
-        (run_of("mm"), of_toy, []),
         (theirs, ["LABEL_0", "LABEL_1"], OWN[2:4]),
     ):
         status, out, err = command(fit, "--trunk", trunk, *options, *length, "--overwrite")
@@ -277,13 +223,6 @@ def test_a_finished_classifier_gets_exits_without_any_label(own_run, run_of, com
         assert (run.point.labelled_judges, run.point.full_depth, run.record.fit["combines"]) == (0, 100.0, False)
         logits = run.model(*random_batch())[-1], load_trunk(trunk).model(*random_batch())[0]
         torch.testing.assert_close(*logits, rtol=0, atol=0)
-
-
-def test_without_labels_all_exits_learn_what_the_trunk_says(own_run, command):
-    options = ["--unlabelled", own_run.parent / "more.csv", *OWN[2:], "--exit-layers", "2,4", "--method", "branch"]
-    _, _, err = command(fit, "--trunk", own_run, *options, "--out", "run")
-    assert "unlabelled texts: 416 to learn from, 104 to judge" in err
-    assert len(read_json(Path("run/run.json"))["losses"]["branches"]) == 2 * 416 // 16
 
 
 def test_groups_stay_together_in_all_files_and_judge_by_one_text(own_run, command):

@@ -12,16 +12,15 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
-from minisweet import EarlyExitClassifier
+from minisweet import EarlyExitClassifier, NgramExit
 from minisweet.adaptive import Exits, exits_taken
 from minisweet.classifier import explain
 from minisweet.classifier.deployed import OwnRun, load_run, tokenize
-from minisweet.classifier.explain import SIMILARITIES, TEMPLATE, word_scores, write_page
+from minisweet.classifier.explain import TEMPLATE, word_scores, write_page
 from minisweet.classifier.operating_point import OperatingPoint
 from minisweet.classifier.promise import Goal
 from minisweet.outputs import Outputs
 from minisweet.texts import BERTS, Examples, Texts
-from minisweet.toy import LEVELS
 from tests.conftest import random_bag
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -31,19 +30,16 @@ STATED = {"score": 80.0, "score_interval": [74.0, 85.0], "full_depth": 82.0, "fu
 STATED |= {"share": 0.5, "share_interval": [0.45, 0.55], "goal": Goal(), "lost": 2.0}
 STATED |= {"lost_interval": [0.5, 6.2], "choosing_texts": 50, "judging_texts": 150, "labelled_judges": 150}
 STATED |= {"per_class": {"support": [50, 50, 50]}, "precision": "torch.float32"}
-IN_VAIN = {"sweet": lambda n: 0.0, "mm": float, "branch": lambda n: n and 1 / 6}  # of the exit after layer n
 
 
-@pytest.mark.parametrize(("name", "text"), [("bag", "superb film"), ("pairs", ("good film", "film"))])
-def test_what_spoke_is_all_where_words_are_few(run_of, name, text):
-    bag = random_bag(2)
-    deployed = EarlyExitClassifier.load(run_of(name)).deployed._replace(bag=bag)
-    texts = tokenize(deployed, [text])
+def test_what_spoke_is_all_where_words_are_few(run_of):
+    bag, deployed = random_bag(2), EarlyExitClassifier.load(run_of("bag")).deployed
+    deployed = deployed._replace(run=deployed.run._replace(bag=bag))
+    texts = tokenize(deployed, ["superb film"])
     for_answer, for_other = word_scores(deployed, texts, 0)
-    logits = bag(*texts.batch(np.array([0])).inputs)[0] - bag.bias
+    logits = bag(*texts.batch(np.array([0])).inputs[:2])[0] - bag.bias
     answer, other = (logits + bag.bias).argsort(descending=True)
-    expected = {"superb", "film", "superb film"} if name == "bag" else {"good", "film", "good film", *SIMILARITIES}
-    assert for_answer.keys() | for_other.keys() == expected
+    assert for_answer.keys() | for_other.keys() == {"superb", "film", "superb film"}
     assert min([*for_answer.values(), *for_other.values()]) > 0
     total = sum(for_answer.values()) - sum(for_other.values())
     assert total == pytest.approx(float(logits[answer] - logits[other]), abs=1e-5)
@@ -73,22 +69,20 @@ def data_of(page: Path) -> dict:
 
 
 class Case:
-    """N random sentences with three exits and three labels, and what was chosen. The page asks exits from `asked`."""
+    """N random sentences with two exits and three labels, and what was chosen."""
 
-    def __init__(self, method: str = "sweet", layers=(1, 2, 4), asked: int = 0):
+    def __init__(self):
         rng = np.random.default_rng(0)
         self.labels = rng.integers(0, 3, N)
-        logits = torch.from_numpy(rng.normal(size=(3, N, 3)) + 3 * np.eye(3)[self.labels]).float()
-        exits = Exits(list(layers), list(map(IN_VAIN[method], layers)), DEPTH, method == "mm")
+        logits = torch.from_numpy(rng.normal(size=(2, N, 3)) + 3 * np.eye(3)[self.labels]).float()
+        exits = Exits([0, DEPTH], [0.0, 0.0], DEPTH, False)
         self.outputs = Outputs(logits, None, torch.from_numpy(self.labels), torch.arange(N), "accuracy", exits)
-        own = {"exits": list(layers[asked:]), "temperatures": [1.0, 0.8, 0.5][asked:]}
-        own["weights"] = [0.0, 0.0] if asked else [0.0, -0.3, 0.4]  # of the first exit
-        self.point = OperatingPoint(threshold=0.7123, **own, **STATED)
-        self.confidence = self.point.rule.confidences(logits[asked:])  # (asked exits, N)
-        self.predictions = self.point.rule.all_calibrated(logits[asked:]).argmax(-1).numpy()  # (asked exits, N)
-        self.sentences = [f"Sentence {n} & <b>co</b>" if n % 2 else (f"first {n}", f"second {n}") for n in range(N)]
-        arguments = SimpleNamespace(model="weights/tiny", method=method)
-        self.record = SimpleNamespace(arguments=arguments, task="toy", labels=["no", "yes", "<i>so</i>"])
+        self.point = OperatingPoint(threshold=0.7123, temperatures=[1.0, 0.5], weights=[0.0, 0.4], **STATED)
+        self.confidence = self.point.rule.confidences(logits)  # (2, N)
+        self.predictions = self.point.rule.all_calibrated(logits).argmax(-1).numpy()  # (2, N)
+        self.sentences = [f"Sentence {n} & <b>co</b>" for n in range(N)]
+        arguments = SimpleNamespace(model="weights/tiny")
+        self.record = SimpleNamespace(arguments=arguments, task="own", labels=["no", "yes", "<i>so</i>"], depth=DEPTH)
 
     def taken(self, threshold: float) -> np.ndarray:
         """The exit that each sentence takes: (N,), from 0."""
@@ -97,22 +91,20 @@ class Case:
     def write(self, path: Path) -> Path:
         tokenizer = Tokenizer(WordPiece({token: n for n, token in enumerate(BERTS)}, unk_token="[UNK]"))
         tokenizer.enable_truncation(8)
-        rows = Examples(self.sentences, None, self.labels.tolist(), LEVELS * 50)  # the sentences are pairs in part
-        run = OwnRun(self.record, outputs=self.outputs, texts=Texts(tokenizer, rows), point=self.point)
-        write_page(path, SimpleNamespace(run=run, rule=self.point.rule, labels=self.record.labels, bag=None))
+        texts = Texts(tokenizer, Examples(self.sentences, None, self.labels.tolist()))
+        bag = NgramExit(len(BERTS), 3, [0, 1, 2])
+        run = OwnRun(self.record, bag=bag, tokenizer=tokenizer, outputs=self.outputs, texts=texts, point=self.point)
+        write_page(path, SimpleNamespace(run=run, device=torch.device("cpu")))
         return path
 
 
-@pytest.mark.parametrize("asked", [0, 1])
-def test_the_file_holds_what_all_asked_exits_said(tmp_path, asked):
-    case = Case(asked=asked)
+def test_the_file_holds_what_both_exits_said(tmp_path):
+    case = Case()
     case.sentences[3] = HOSTILE
     case.outputs.labels[7] = -1  # a row without a label is not on the page
     case.point = replace(case.point, threshold=float(case.confidence[0, 5]))
     data, kept = data_of(case.write(tmp_path / "page.html")), np.arange(N) != 7
-    texts = [list(text) if isinstance(text, tuple) else text for text in case.sentences]
-    assert data["sentences"] == texts[:7] + texts[8:]
-    assert data["layers"] == [1, 2, 4][asked:]
+    assert data["sentences"] == case.sentences[:7] + case.sentences[8:]
     assert data["predictions"] == case.predictions[:, kept].tolist()
     assert data["right"] == case.labels[kept].tolist()
     assert torch.equal(torch.tensor(data["confidences"]), case.confidence[:, kept])
@@ -187,27 +179,21 @@ def test_a_sentence_is_text_and_nothing_else(page):
     assert opened.texts("tr[data-row='1'] .text") == [HOSTILE]
     assert opened.browser.execute_script("return window.ran") is None
     assert opened.find("img, b b, td b, td i, option i, script:nth-of-type(3)") == []
-    assert opened.texts("tr[data-row='2'] .text div") == ["first 2", "second 2"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", [0, 1])
-@pytest.mark.parametrize("method", ["sweet", "mm", "branch"])
-def test_who_leaves_where_at_each_threshold_and_the_layers_that_a_sentence_runs(page, method, first):
-    """A branch model's early exit runs the layers below its own and, as each exit asked before it, a private copy."""
-    case = Case(method, layers=(first, 2, 4))
+def test_who_leaves_where_at_each_threshold_and_the_layers_that_a_sentence_runs(page):
+    case = Case()
     opened = page(case)
     assert opened.texts("#t") == ["0.7123"]  # the one that is deployed
     for threshold in (*opened.thresholds[::9], 0.8):
         opened.slide(threshold)
-        assert [*map(int, opened.texts("#bars .count"))] == np.bincount(case.taken(threshold), minlength=3).tolist()
-    boxes = {"sweet": 4, "mm": first + 2 + 4, "branch": 4 + first + 1}[method]
-    run = {"sweet": [first, 2, 4], "mm": [first, first + 2, first + 6], "branch": [first, first + 2, first + 5]}[method]
-    for k in range(3):
+        assert [*map(int, opened.texts("#bars .count"))] == np.bincount(case.taken(threshold), minlength=2).tolist()
+    for k in range(2):
         row = int(np.flatnonzero(case.taken(0.8)[:50] == k)[0])
         opened.find(f"tr[data-row='{row}']")[0].click()
-        assert len(opened.find("#layers rect.run")) == run[k]
-        assert len(opened.find("#layers rect")) == boxes
+        assert len(opened.find("#layers rect.run")) == (0, DEPTH)[k]
+        assert len(opened.find("#layers rect")) == DEPTH
     opened.slide(1.0)
-    assert len(opened.find("#layers rect.run")) == {"sweet": 4, "mm": first + 6, "branch": 4}[method]
-    assert ("exit 0" in opened.texts("#layers text")) == (first == 0)
+    assert len(opened.find("#layers rect.run")) == DEPTH
+    assert "exit 0" in opened.texts("#layers text")

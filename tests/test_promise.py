@@ -11,23 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisweet.adaptive import ExitRule, Exits, exits_taken
-from minisweet.base.files import InputError
 from minisweet.classifier.operating_point import classification_report, measure, wilson
-from minisweet.classifier.promise import Goal, filled, fixed_sequence, how_sure, labelled, last_passed
+from minisweet.classifier.promise import Goal, filled, fixed_sequence, how_sure
 from minisweet.classifier.selection import choose, choosers_and_judges, thresholds_to_try
 from minisweet.outputs import Outputs
 from minisweet.sweep import sweep
 
-GOAL, SHARE = Goal(), Goal(max_share=0.5)
+GOAL = Goal()
 
 
-def random_validation(seed: int, layers: tuple, N: int, C: int = 2, method="sweet", metric="accuracy") -> Outputs:
-    """Logits with many ties, so that confidences coincide. For "agreement" no row has a label."""
-    generator, K = torch.Generator().manual_seed(seed), len(layers)
-    logits = (torch.randn(K, N, C, generator=generator) * 2).round()
-    labels = torch.randint(0, C, (N,), generator=generator) if metric != "agreement" else torch.full((N,), -1)
-    in_vain = {"branch": [1 / 6] * K, "mm": layers}.get(method, [0] * K)
-    exits = Exits(layers, in_vain, layers[-1], asks_at_1=method == "mm")
+def random_validation(seed: int, N: int, metric="accuracy") -> Outputs:
+    """Logits of two classes with many ties, so that confidences coincide. For "agreement" no row has a label."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(2, N, 2, generator=generator) * 2).round()
+    labels = torch.randint(0, 2, (N,), generator=generator) if metric != "agreement" else torch.full((N,), -1)
+    exits = Exits([0, 6], [0, 0], 6, False)
     return Outputs(logits, None, labels, torch.randperm(10 * N, generator=generator)[:N], metric, exits)
 
 
@@ -47,12 +45,10 @@ def draw(seed: int, N: int) -> Outputs:
     return two_exits(sure, np.where(rng.random(N) < 0.8 * (1 - sure), 1 - full, full), full, labels)
 
 
-def without_labels(rows: Outputs, has_label: np.ndarray) -> tuple[Outputs, dict[int, int]]:
-    """The rows, of which some alone (N,) keep their label; and the labels of the others by their keys, to give."""
-    others = np.flatnonzero(~has_label)
+def without_labels(rows: Outputs, has_label: np.ndarray) -> Outputs:
+    """The rows, of which some alone (N,) keep their label."""
     its = rows._replace(labels=rows.labels.where(torch.from_numpy(has_label), -1))
-    its = its if has_label.any() else its._replace(metric="agreement")
-    return its, dict(zip(rows.keys[others].tolist(), rows.labels[others].tolist(), strict=True))
+    return its if has_label.any() else its._replace(metric="agreement")
 
 
 @given(st.integers(1, 300), st.floats(0, 1), st.floats(0.001, 0.999))
@@ -69,33 +65,32 @@ def test_judges_stop_before_the_first_threshold_that_fails_and_never_earlier_wit
     rng, rows, stops = np.random.default_rng(seed), draw(seed, N), []
     confidence, (early, full) = ExitRule(2).confidences(rows.logits)[0].numpy(), rows.logits.argmax(-1).numpy()
     labels, place, thresholds = rows.labels.numpy(), rng.permutation(N), np.r_[np.sort(rng.uniform(0.5, 1, 12)), 1]
-    aside, to_give = without_labels(rows, place < N // 4)
     for known in (N // 4, N // 2, N):  # whoever chose which ones
-        some = {key: label for key, label in to_give.items() if place[rows.keys.tolist().index(key)] < known}
         is_lost = (early != full) & ~((place < known) & (full != labels))
         expected = 1.0
         for threshold in thresholds[-2::-1]:  # downwards
             if how_sure(N, [(is_lost & (confidence >= np.float32(threshold))).sum()], limit / 100) < sure / 100:
                 break
             expected = threshold
-        judged, goal = filled(aside, some), Goal(max_lost=limit, sure=sure)
-        assert fixed_sequence(judged, goal, [0, 1], thresholds)[0] == expected
-        counted, lost = (measure([0, 1], 0.5, some)["lost"] for some in (judged, rows))
+        some = without_labels(rows, place < known)
+        assert fixed_sequence(filled(some), Goal(max_lost=limit, sure=sure), thresholds) == expected
+        counted, lost = (measure(0.5, these)["lost"] for these in (some, rows))
         assert lost <= counted == pytest.approx(100 * is_lost.mean())
         stops.append(expected)
     assert stops == sorted(stops, reverse=True)
-    assert last_passed(np.array([0, 9, 0, 0]), 200, GOAL) == 2  # though the lowest threshold would pass again
-    shares = [1 - np.mean((confidence >= np.float32(threshold)) & (threshold < 1)) for threshold in thresholds]
-    fast = [threshold for threshold, share in zip(thresholds, shares, strict=True) if share < 0.4 + 1e-9]
-    assert fixed_sequence(judged, Goal(max_share=0.4), [0, 1], thresholds)[0] == max(fast, default=thresholds[0])
+
+
+def test_the_lowest_threshold_is_not_reached_past_one_that_fails():
+    """Though it would pass again: of 200 texts, nine are lost at the second of four thresholds alone."""
+    confidence = np.r_[np.full(9, 0.7), np.full(191, 0.95)]
+    rows = two_exits(confidence, np.r_[np.ones(9, int), np.zeros(191, int)], np.zeros(200, int), np.zeros(200, int))
+    assert fixed_sequence(rows, GOAL, np.array([0.6, 0.8, 1.0])) == 0.8
 
 
 def test_promises_are_broken_in_at_most_one_of_ten_draws():
-    """Of 400 texts a hundred are labelled, and the others' labels are given."""
     broken = 0
     for seed in range(200):
-        rows, to_give = without_labels(draw(seed, 400), np.arange(400) < 100)
-        point = choose(rows, GOAL, exits=[0, 6], given=to_give)
+        point = choose(draw(seed, 400), GOAL)
         odds = (point.threshold / max(1 - point.threshold, 1e-9)) ** point.temperatures[0]
         broken += 0.86 * 0.8 / (1 + odds) ** 2 > 0.03  # how many are lost in the long run, see `draw`
     assert 0 < broken <= 20 + 2 * (200 * 0.1 * 0.9) ** 0.5
@@ -103,13 +98,12 @@ def test_promises_are_broken_in_at_most_one_of_ten_draws():
 
 def test_a_text_counts_once_and_is_lost_if_any_of_its_rows_is():
     validation, rng = draw(0, 300), np.random.default_rng(0)
-    for goal in (GOAL, SHARE):
-        assert choose(validation, goal) == choose(validation.take(rng.permutation(300)), goal)
+    assert choose(validation, GOAL) == choose(validation.take(rng.permutation(300)), GOAL)
     uneven = validation.take(np.arange(300).repeat(rng.integers(1, 9, 300)))
-    ours, theirs = (measure([0, 1], 0.7, rows) for rows in (validation, uneven))
+    ours, theirs = (measure(0.7, rows) for rows in (validation, uneven))
     assert all(theirs[key] == pytest.approx(ours[key]) for key in theirs if key != "per_class")
     both = two_exits(np.full(2, 0.9), np.array([0, 0]), np.array([1, 1]), [0, 1])._replace(keys=torch.zeros(2).long())
-    point = measure([0, 1], 0.7, both)  # a text under two labels, of which one is lost
+    point = measure(0.7, both)  # a text under two labels, of which one is lost
     assert (point["judging_texts"], point["lost"], point["score"]) == (1, 100, 50)
 
 
@@ -140,112 +134,69 @@ def test_choosers_and_judges_are_dealt_by_a_hash_and_a_group_judges_by_one_text(
     ].tolist()  # that were trained on: neither they nor others of their groups
     is_left_out, (*kept, left_out) = np.isin(groups, [group_of[key] for key in known]), choosers_and_judges(rows, known)
     assert (left_out, is_left_out[np.concatenate(kept)].any()) == (is_left_out.sum(), False)
-    for goal in (GOAL, SHARE):  # nobody is left
-        point = choose(rows, goal, rows.keys.tolist())
-        assert (point.threshold, point.judging_texts, point.lost, point.lost_interval) == (1, 0, 0, None)
+    point = choose(rows, GOAL, rows.keys.tolist())  # nobody is left
+    assert (point.threshold, point.judging_texts, point.lost, point.lost_interval) == (1, 0, 0, None)
 
 
 @pytest.mark.parametrize(("labelled", "all_judge"), [(0, 1), (200, 1), (300, 0), (1000, 1), (1600, 0)])
 def test_who_judges_follows_from_the_choosers_and_two_counts_alone(labelled, all_judge):
     """Of 2,000 texts. With few labels all judge. With 300 half of what differs counts as lost, with more 86 of 100."""
-    rows, _ = without_labels(draw(7, 2000), np.arange(2000) < labelled)
+    rows = without_labels(draw(7, 2000), np.arange(2000) < labelled)
     choosing, judging, _ = choosers_and_judges(rows)
-    strange = random_validation(0, (0, 6), 2000)._replace(keys=rows.keys, exits=rows.exits, metric=rows.metric)
+    strange = random_validation(0, 2000)._replace(keys=rows.keys, metric=rows.metric)
     strange.logits[:, choosing], strange.labels[choosing] = rows.logits[:, choosing], rows.labels[choosing]
     strange.labels[labelled:] = -1
     points = [choose(its, GOAL) for its in (rows, strange)]  # whatever the judges are
     for point in points:
         found = (point.choosing_texts, point.judging_texts, point.labelled_judges)
         assert found == (*(sum((side < labelled) | all_judge) for side in (choosing, judging)), sum(judging < labelled))
-        assert (point.exits, point.temperatures) == (points[0].exits, points[0].temperatures)
+        assert point.temperatures == points[0].temperatures
 
 
-def test_labels_that_are_given_excuse_texts_and_enter_nothing_else():
-    rows, to_give = without_labels(draw(7, 2000), np.arange(2000) < 200)
-    judges, differ = rows.take(choosers_and_judges(rows)[1]), rows.logits[0].argmax(-1) != rows.logits[1].argmax(-1)
-    scored, disputed = labelled(judges), [key for key in rows.keys[differ].tolist() if key in to_give]
-    points = [choose(rows, GOAL, given={key: to_give[key] for key in disputed[:n]}) for n in (0, 150, None)]
-    assert points[0].share > points[1].share > points[2].share
-    assert [point.lost_interval[0] > 0 for point in points] == [False, False, True]  # full depth may be wrong there
-    assert points[2] == choose(rows, GOAL, given=to_give)  # choosing texts and answers that do not differ count not
-    for point in points:
-        assert point.lost_interval[1] > point.lost
-        assert point.labelled_judges == len(scored.labels) == 150
-        alone = measure([0, 1], point.threshold, scored.by(point.rule))
-        its = ("score", "score_interval", "full_depth", "full_depth_interval", "per_class")
-        assert [getattr(point, name) for name in its] == [alone[name] for name in its]
-        chosen = ("exits", "temperatures", "weights", "choosing_texts", "judging_texts")
-        assert [getattr(point, name) for name in chosen] == [getattr(points[0], name) for name in chosen]
+def test_without_a_label_full_depth_may_be_wrong_and_the_interval_says_so():
+    rows = draw(7, 2000)
+    ends = [choose(some, GOAL).lost_interval[0] for some in (rows, without_labels(rows, np.arange(2000) < 200))]
+    assert ends[0] > 0 == ends[1]
 
 
-def test_without_a_label_set_aside_those_that_are_given_enter_no_score_either():
-    rows, to_give = without_labels(draw(7, 2000), np.zeros(2000, bool))
-    before, after = (choose(rows, GOAL, given=given) for given in ({}, to_give))
-    assert after.share < before.share  # and fewer agree, of the very rows that judged
-    assert (before.full_depth, after.full_depth, after.labelled_judges) == (100.0, 100.0, 0)
-    judges = rows.take(choosers_and_judges(rows)[1]).by(after.rule)
-    agree = measure([0, 1], after.threshold, judges)
-    assert (after.score, after.per_class) == (agree["score"], agree["per_class"])
-
-
-@pytest.mark.parametrize(("N", "goal"), [(800, GOAL), (800, SHARE), (800, Goal(max_share=1.0)), (160, GOAL)])
-def test_where_exit_0_has_a_say_full_depth_is_everywhere_the_rules_and_it_is_always_asked(N, goal):
-    """By what 160 texts promise, exit 3 would cost more in vain than it saves, and so all run to the end."""
-    rng, labels, exits = np.random.default_rng(13), torch.arange(N) % 3, Exits([0, 3, 6], [0, 2, 0], 6, False)
-    logits = torch.from_numpy(rng.normal(size=(3, N, 3)) + 1.5 * np.eye(3)[labels]).float()
+@pytest.mark.parametrize("N", [800, 160])
+def test_where_exit_0_has_a_say_full_depth_is_everywhere_the_rules(N):
+    rng, labels, exits = np.random.default_rng(13), torch.arange(N) % 3, Exits([0, 6], [0, 0], 6, False)
+    logits = torch.from_numpy(rng.normal(size=(2, N, 3)) + 1.5 * np.eye(3)[labels]).float()
     rows = Outputs(logits, None, labels, torch.from_numpy(rng.permutation(N)), "accuracy", exits)
-    point, judges = choose(rows, goal, combines=True), rows.take(choosers_and_judges(rows)[1])
-    asked = [[0, 3, 6].index(n) for n in point.exits]
-    parts = zip(judges.logits[asked], point.temperatures, point.weights, strict=True)
+    point, judges = choose(rows, GOAL, combines=True), rows.take(choosers_and_judges(rows)[1])
+    parts = zip(judges.logits, point.temperatures, point.weights, strict=True)
     said = torch.stack([its / T + w * judges.logits[0] / point.temperatures[0] for its, T, w in parts])
-    torch.testing.assert_close(point.rule.all_calibrated(judges.logits[asked]), said)
+    torch.testing.assert_close(point.rule.all_calibrated(judges.logits), said)
     taken = exits_taken(said.softmax(-1).amax(-1), point.threshold, 1 / 3)
     full, early = said[-1].argmax(-1), said[taken, torch.arange(len(taken))].argmax(-1)
-    assert (asked[0], point.weights[0], min(point.weights[1:]) > 0.2) == (0, 0, True)
-    assert N > 160 or (point.exits, point.threshold) == ([0, 6], 1)
+    assert (point.weights[0], point.weights[1] > 0.2) == (0, True)
     assert point.full_depth == pytest.approx(100 * (full == judges.labels).double().mean())
     assert point.full_depth > 100 * (judges.logits[-1].argmax(-1) == judges.labels).double().mean()
     assert point.score == pytest.approx(100 * (early == judges.labels).double().mean())
     assert point.lost == pytest.approx(100 * ((full == judges.labels) & (early != full)).double().mean())
-    some = judges._replace(logits=judges.logits[asked], exits=judges.exits.keep_exits(asked))
-    curve, _ = sweep([(ExitRule(3), np.arange(len(taken)))], some.by(point.rule), [point.threshold])
+    curve, _ = sweep([(ExitRule(3), np.arange(len(taken)))], judges.by(point.rule), [point.threshold])
     found = (curve["scores"][0], curve["exit_scores"][-1], curve["speedup_ratios"][0])
     assert found == pytest.approx((point.score, point.full_depth, point.share))
 
 
-def test_exits_that_cost_more_than_they_give_are_not_asked():
-    rows, guess = draw(0, 1000), torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
-    layers, logits = [1, 2, 3, 6], torch.stack([guess, rows.logits[0], guess, rows.logits[1]])  # two exits guess
-    validation = rows._replace(logits=logits, exits=Exits(layers, [1 / 6] * 4, 6, False))
-    for goal in (GOAL, Goal(max_share=0.6)):
-        point = choose(validation, goal)
-        assert (point.exits, len(point.temperatures), point.share < 0.95) == ([2, 6], 2, True)
-        assert choose(validation, goal, exits=layers).exits == layers
-    judges = choosers_and_judges(validation)[1]  # what they would choose makes no difference
-    validation.logits[1:3, judges] = validation.logits[1:3, judges].flip(0)
-    assert choose(validation, Goal(max_share=0.6)).exits == [2, 6]
-
-
-def test_few_texts_choose_by_counts_and_thresholds_end_where_they_should():
-    assert choose(draw(0, 200), GOAL).exits == [0, 6]
-    assert thresholds_to_try(draw(0, 200), [0, 1])[0] > 0.5  # texts without a known word stay
-    assert fixed_sequence(draw(0, 100), Goal(max_share=0.0), [0, 1], np.array([0.9, 1.0]))[0] == 0.9
+def test_thresholds_to_try_end_where_they_should():
+    thresholds = thresholds_to_try(draw(0, 200))
+    assert thresholds[0] > 0.5  # texts without a known word stay
+    assert thresholds[-1] == 1
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("metric", ["accuracy", "matthews", "agreement"])
-@pytest.mark.parametrize("goal", [GOAL, SHARE, Goal(max_lost=40.0, sure=50.0)])
+@pytest.mark.parametrize("metric", ["accuracy", "agreement"])
+@pytest.mark.parametrize("goal", [GOAL, Goal(max_lost=40.0, sure=50.0)])
 def test_intervals_hold_what_is_stated(goal, metric):
-    cases = [("sweet", (1, 2, 4), 120), ("branch", (1, 2, 4), 120), ("mm", (1, 2, 4), 120), ("sweet", (4,), 40)]
-    for method, layers, N in [*cases, ("branch", (2, 4), 2), ("sweet", (4,), 1)]:
-        point = choose(random_validation(3, layers, N, 2, method, metric), goal)
-        assert goal.max_share is not None or point.share <= 1  # not slower than full depth
-        assert len(point.temperatures) == len(point.exits)
+    for N in (120, 40, 2, 1):
+        point = choose(random_validation(3, N, metric), goal)
+        assert point.share <= 1  # not slower than full depth
         for name in ("score", "full_depth", "lost", "share"):
             ends = getattr(point, f"{name}_interval")
             assert (ends is None) == (N == 1 or (metric != "accuracy" and name in ("score", "full_depth")))
             assert ends is None or 0 <= ends[0] <= getattr(point, name) <= ends[1] <= 100
-        assert len(layers) > 1 or (point.threshold, point.lost, point.share) == (1, 0, 1)
 
 
 @pytest.mark.parametrize(("n", "p"), [(76, 0.01), (240, 0.02), (240, 0.9), (1000, 0.5)])
@@ -254,14 +205,8 @@ def test_intervals_are_as_wide_as_theory_says(n, p):
     chances = -np.diff([1, *how_sure(n, np.arange(n + 1), p)])
     assert 0.94 < chances[(low <= 100 * p) & (100 * p <= high)].sum() < 0.995
     rows = draw(n, 4000)
-    low, high = measure([0, 1], 0.7, rows)["share_interval"]
+    low, high = measure(0.7, rows)["share_interval"]
     assert high - low == pytest.approx(2 * 1.96 * 0.4**0.5 * 0.6**0.5 / 4000**0.5, rel=0.05)  # 6 of 10 leave
-
-
-def test_a_goal_is_of_one_kind():
-    with pytest.raises(InputError, match="^max_share: 0.5, and max_lost is given too; give one of them"):
-        Goal(max_lost=2.0, max_share=0.5)
-    assert Goal(max_lost=2.0).changed(None, None, 0.5) == Goal(max_share=0.5)
 
 
 def test_words():
@@ -272,12 +217,11 @@ def test_words():
     promised = " In the long run at most 3 in 100 new texts like these are lost, 90% sure."
     scores = " Of 100 labelled ones the full model had 73.7 of 100 right, early exit 75.2."
     assert point.promise == seen + promised + scores
-    assert replace(point, goal=SHARE).promise == seen + scores
     assert not replace(point, threshold=1.0).promise + point.shortfall(1.0)
     few = replace(point, threshold=1.0, judging_texts=60, labelled_judges=60)
     words = "nothing faster than full depth can be promised: only 60 texts judged. It takes about "
     would = "510 labelled rows if none is lost, 860 if one is, and 1,175 if two are"
-    assert few.in_words(2, 0.2) == words + would
+    assert few.in_words(0.2) == words + would
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))

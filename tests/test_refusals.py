@@ -19,7 +19,7 @@ from tests.conftest import in_folder, opinions, run, write_model, write_rows
 MODULES = COMMANDS | {"train": "train", "evaluate": "evaluate"}
 TRAIN = "--model tiny --out new --train-size 48 --epochs 1 --max-length 32"  # and then the bad words
 FIT = "--model tiny --out new --epochs 1 --max-length 32"
-OLD = {"evaluate": "", "choose": "", "predict": "own.csv", "test": "own.csv", "explain": "a", "export": "--out new"}
+OLD = {"evaluate": "", "choose": "", "predict": "own.csv", "test": "own.csv", "explain": "a", "export": "--onnx a.onnx"}
 
 REFUSALS = [
     # base: what argparse and the types of options refuse
@@ -31,7 +31,7 @@ REFUSALS = [
     ("train", f"{TRAIN} --out {'x' * 250}", "x cannot be written (File name too long)"),
     ("train", f"{TRAIN} --exit-layers 2,1", "--exit-layers: 2,1, should increase and end at one of the layers 1 to 4"),
     ("train", f"{TRAIN} --task two --data-dir . --model one-type", "one-type: its type_vocab_size is 1, and pairs"),
-    ("evaluate", "pairs", "pairs: a run of minisweet fit, which is evaluated by: minisweet choose pairs"),
+    ("evaluate", "bag", "bag: a run of minisweet fit, which is evaluated by: minisweet choose bag"),
     ("evaluate", "run other --plot new.png", "other: it was evaluated on other rows, or by another metric"),
     ("evaluate", "bare --plot new.png", "bare: has no evaluation.json; first: python evaluate.py bare"),
     ("evaluate", "bare run", "run: a second run, and only --plot takes several"),
@@ -47,34 +47,38 @@ REFUSALS = [
     ("fit", FIT, "FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE"),
     ("fit", f"empty.csv {FIT}", "empty.csv: it has no rows"),
     ("fit", f"pipe.csv {FIT}", "pipe.csv: cannot be read (not a file)"),
-    ("fit", f"own.csv {FIT} --text-columns text,label", "text,label, should be one or two without the label column"),
+    (
+        "fit",
+        f"own.csv {FIT} --text-columns text,label",
+        "text,label, should be one column; join the two texts into one, or train on",
+    ),
     ("fit", f"one.csv {FIT}", "one: all rows have the label 'x', needs two or more"),
     ("fit", f"none.csv {FIT}", "none: no row has a label"),
-    ("fit", f"two.csv {FIT} --dev-size 0.1", "two: too few rows: no text can be set aside, or none is left to learn"),
+    (
+        "fit",
+        f"two.csv {FIT} --text-columns sentence1 --dev-size 0.1",
+        "two: too few rows: no text can be set aside, or none is left to learn",
+    ),
     ("fit", f"own.csv {FIT} --dev-data own.csv --dev-size 0.3", "--dev-size: needs a split of FILE, not --dev-data"),
-    ("fit", f"own.csv {FIT} --max-share 0.5 --sure 95", "--sure: needs --max-lost"),
+    ("fit", f"own.csv {FIT} --text-columns label", "--text-columns: label, should not be the label column"),
     ("fit", f"own.csv {FIT} --unlabelled two.csv", "two.csv: no column text or sentence; it has sentence1,"),
-    ("fit", f"own.csv {FIT} --unlabelled none.csv --exit-layers 4", "--unlabelled: without exit 0 or branches nothing"),
+    ("fit", "own.csv --trunk ee --out new", "ee: a run of train.py, which is evaluated by: python evaluate.py ee"),
     (
         "fit",
         "own.csv --trunk own.csv --out new",
         "--trunk: own.csv is not a folder; should be a run, or a classifier in",
     ),
-    ("fit", "own.csv --trunk run --out new --max-length 30", "--max-length: 30, should be 32, as of the trunk run"),
-    ("fit", "none.csv --trunk run --out new --exit-layers 0,2", "--exit-layers: 0,2, should increase and"),
-    ("choose", "lte", "its exits learned when to be taken (lte), which is for train.py and evaluate.py alone"),
-    ("choose", "pairs --labels own.csv", "own.csv: no column first,second or sentence1,sentence2; it has text, label"),
-    ("label", "bare --out new.csv", "bare: has no operating.json; first: minisweet choose bare"),
-    ("test", "run own.csv", "own.csv: no row has a label of the model's: "),
-    ("test", "run run/validation.jsonl", "run/validation.jsonl: no row is left to test on; name other rows"),
-    ("predict", "run own.csv --out own.csv", "--out: own.csv is the input"),
-    ("predict", "run own.csv --out new.txt", "new.txt: should end in .csv, .tsv, .jsonl"),
-    # use: explain
-    ("explain", "pairs a", "item 0: ['a'], should be a pair of texts"),
-    # use: export and ONNX
-    ("export", "run --onnx new.onnx --exit-layer 2", "--exit-layer: needs --out"),
-    ("export", "run --out tiny", "tiny: already exists"),
-    ("export", "run --out new --exit-layer 0", "--exit-layer: 0, should be the layer of an exit: 1, 2, 4"),
+    ("fit", "own.csv --trunk bag --out new --max-length 30", "--max-length: 30, should be 32, as of the trunk bag"),
+    *[
+        (command, f"ee {words}", "ee: a run of train.py, which is evaluated by: python evaluate.py ee")
+        for command, words in list(OLD.items())[1:]
+    ],
+    ("predict", "no-point own.csv", "no-point: has no operating.json; first: minisweet choose no-point"),
+    ("test", "bag own.csv", "own.csv: no row has a label of the model's: "),
+    ("test", "bag bag/validation.jsonl", "bag/validation.jsonl: no row is left to test on; name other rows"),
+    ("predict", "bag own.csv --out own.csv", "--out: own.csv is the input"),
+    ("predict", "bag own.csv --out new.txt", "new.txt: should end in .csv, .tsv, .jsonl"),
+    ("explain", "bag", "TEXT: should be a text; or --html FILE and no text"),
     # paper
     ("reproduce", "--model tiny --max-length 32 --lrs 1e-3 --exit-layers 1,9", "--exit-layers: 1,9, should increase"),
     ("gradients", "run", "run: a run of sweet on toy, exits after layers 1,2,4; should be of ee on a task, with two"),
@@ -96,10 +100,11 @@ def place(tmp_path_factory, run_of) -> Path:
     (folder / "none.csv").write_text("text,label\nthe film,\nis it,\n")
     (folder / "empty.csv").write_text("")
     os.mkfifo(folder / "pipe.csv")
-    for name, called in {"sweet": "run", "pairs": "pairs", "ee": "ee", "lte": "lte"}.items():
+    for name, called in {"sweet": "run", "bag": "bag", "ee": "ee"}.items():
         shutil.copytree(run_of(name), folder / called)
     ignored = shutil.ignore_patterns("operating.json", "evaluation.json")
     shutil.copytree(run_of("ee"), folder / "bare", ignore=ignored)
+    shutil.copytree(run_of("bag"), folder / "no-point", ignore=ignored)
     for called, name, change in (("old", "run.json", {"fit": ...}), ("other", "evaluation.json", {"dev_digest": "0"})):
         path = shutil.copytree(run_of("ee"), folder / called) / name
         content = read_json(path) | change

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from minisweet.base.files import InputError
 from minisweet.classifier.rows import (
-    find_columns,
+    find_column,
     names_of,
     read_rows,
     read_texts,
     row_writer,
-    text_columns,
+    text_column,
     texts_of,
 )
 from minisweet.classifier.split import class_numbers, classes_of
@@ -42,8 +42,7 @@ def write(path: Path, rows: list[dict], encoding: str = "utf-8") -> Path:
 
 def read(path):
     """The rows of a file, with their labels."""
-    columns = text_columns(path, None)
-    return read_texts(path, columns, *find_columns("--label-column", path, ["label"]))
+    return read_texts(path, text_column(path, None), find_column("--label-column", path, "label"))
 
 
 def refused(call, *arguments, **more) -> str:
@@ -96,16 +95,20 @@ def test_files_as_people_have_them(tmp_path, encoding, between, suffix):
     assert read(tmp_path / f"a{suffix}") == Examples(["ein, zwei; \u00fc\t\u0d0a"], None, None, names=["x"])
 
 
-def test_columns_as_in_training_or_as_many(tmp_path):
-    path = write(tmp_path / "a.csv", [dict.fromkeys(["text", "sentence1", "sentence2", "a", "b"], "t")])
+def test_columns_as_in_training_and_two_are_refused(tmp_path):
+    path = write(tmp_path / "a.csv", [dict.fromkeys(["text", "a", "b"], "t")])
     for named, trained, found in (
-        (None, None, ["text"]),
-        (None, [], ["text"]),  # of the toy task
-        (["b"], ["text"], ["b"]),
-        (None, ["a", "b"], ["a", "b"]),
-        (None, ["left", "right"], ["sentence1", "sentence2"]),
+        (None, (), "text"),
+        (["b"], ["text"], "b"),
+        (None, ["a"], "a"),
+        (None, ["c"], "text"),
     ):
-        assert text_columns(path, named, trained) == found
+        assert text_column(path, named, trained) == found
+    advice = "join the two texts into one, or train on pairs with train.py"
+    assert refused(text_column, path, ["a", "b"]) == f"--text-columns: a,b, should be one column; {advice}"
+    path = write(tmp_path / "b.csv", [dict.fromkeys(["sentence1", "sentence2"], "t")])
+    message = f"{path}: no column text or sentence; it has sentence1, sentence2; {advice}"
+    assert refused(text_column, path, None) == message
 
 
 def test_labels_are_names_sorted_by_number_where_all_are_numbers(tmp_path):
@@ -114,7 +117,7 @@ def test_labels_are_names_sorted_by_number_where_all_are_numbers(tmp_path):
     path.write_text("".join(f'{{"text": "t", "label": {label}}}\n' for label in written))
     names = read(path).names
     assert names == ["1", "1", "1", "2", "-0.5", "0", "0", "-10", "False", "x", None, None, None]
-    assert read_texts(path, ["text"], group_column="label").groups == names  # as groups too
+    assert read_texts(path, "text", group_column="label").groups == names  # as groups too
     assert classes_of(names) == ["-0.5", "-10", "0", "1", "2", "False", "x"]
     assert classes_of(["10", None, "2", "1e1", "0", "-0.5"]) == ["-0.5", "0", "2", "10", "1e1"]
     assert class_numbers(names, classes_of(names)).tolist() == [3, 3, 3, 4, 0, 2, 2, 1, 5, 6, -1, -1, -1]
@@ -123,12 +126,11 @@ def test_labels_are_names_sorted_by_number_where_all_are_numbers(tmp_path):
 
 
 def test_frames_of_other_columns_and_sets_are_refused():
-    for sides, columns, advice in (
-        (None, ["file", "text", "label"], "file, text, label; pass df['text']"),
-        (1, ["body", "label"], "body, label; pass df['body']"),
-        (2, ["sentence1", "sentence2", "text"], "sentence1, sentence2, text; pass df[['sentence1', 'sentence2']]"),
+    for columns, advice in (
+        (["file", "text", "label"], "file, text, label; pass df['text']"),
+        (["body", "label"], "body, label; pass df['body']"),
     ):
-        assert refused(texts_of, SimpleNamespace(columns=columns), sides) == f"texts: the frame has columns {advice}"
+        assert refused(texts_of, SimpleNamespace(columns=columns)) == f"texts: the frame has columns {advice}"
     assert refused(texts_of, {"a"}) == "texts: {'a'}, should be a list; for one text: [text]"
     assert refused(names_of, {"a"}, 1, "labels") == "labels: {'a'}, should be a list"
 

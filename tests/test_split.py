@@ -44,15 +44,13 @@ def own(tmp_path_factory):
     """A function that splits texts, with the names of their labels, and other texts. Six words are read."""
     tokenizer = load_tokenizer(write_model(tmp_path_factory.mktemp("tiny"), "bert"), SIZES["vocab_size"], 8)
 
-    def split(
-        texts, names, unlabelled=(), dev=None, dev_size=0.25, groups=None, labels=None, learns=True, threads=None
-    ) -> Sides:
+    def split(texts, names, unlabelled=(), dev=None, dev_size=0.25, groups=None, labels=None, threads=None) -> Sides:
         labels = labels or classes_of(names)
         parts = [rows_of(texts, names, groups), Examples(list(unlabelled), None, None, groups=threads)]
         rows = joined(*parts, *([dev] if dev else []))
         rows = rows._replace(labels=class_numbers(rows.names, labels).tolist())
         all_texts = Texts(tokenizer, rows)
-        split = split_rows("own", all_texts, labels, len(dev.first) if dev else 0, dev_size, learns)
+        split = split_rows("own", all_texts, labels, len(dev.first) if dev else 0, dev_size)
         again = Texts(tokenizer, split.validation.examples)  # as a run reads it
         assert (split.validation.units is None) == (not any(rows.groups or []))
         units = split.validation.keys if split.validation.units is None else split.validation.units
@@ -131,8 +129,6 @@ def test_unlabelled_texts_count_once_and_a_fifth_of_them_validates(own, monkeypa
         assert {*sides.validation.examples.first[2:]} | {*sides.unlabelled.examples.first} == {*ORDERS[8:]}
         assert len(sides.unlabelled) == 22 - judges
         monkeypatch.setattr("minisweet.classifier.split.MOST_JUDGES", 3)
-    alone = own(ORDERS, names + [None] * 20, learns=False)
-    assert (len(alone.unlabelled), (alone.validation.labels < 0).sum()) == (0, 3)  # they judge alone
     given = own(texts[:6], names[:6], others, dev=rows_of(ORDERS[22:26], ["no", "yes", None, "no"]))
     assert (len(given.validation), len(given.unlabelled)) == (4, 20)  # which may come from another source than others
     again = own(texts[:8] * 2, names[:8] + [None] * 8)  # each is labelled elsewhere in the file

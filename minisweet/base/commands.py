@@ -119,9 +119,9 @@ class Options:
 class Parser(argparse.ArgumentParser):
     """A parser without abbreviations. --help shows `doc`, the command's docstring. Errors are one line, status 2."""
 
-    def __init__(self, doc: str = "") -> None:
+    def __init__(self, doc: str = "", prog: str | None = None) -> None:
         style = argparse.RawDescriptionHelpFormatter
-        super().__init__(Path(sys.argv[0]).name, description=doc, allow_abbrev=False, formatter_class=style)
+        super().__init__(prog or Path(sys.argv[0]).name, description=doc, allow_abbrev=False, formatter_class=style)
 
     def add_options(self, kind: type[Options], *names: str, title: str = "", **defaults: object) -> None:
         """Add the options with these names, by default all of a kind, to the group of this title.
@@ -152,7 +152,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, one_line(f"{self.prog}: error: {message}") + "\n")
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], None], prog: str | None = None) -> None:
     """Call `main`. For bad input, too little memory or a full disk, print one line and exit with status 2.
 
     Ctrl-C exits with 130. SIGTERM raises SystemExit, so that half-written files are removed. If standard output is
@@ -171,7 +171,7 @@ def run_command(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports it at exit
         sys.exit(141)
     except Exception as error:
-        print(one_line(f"{Path(sys.argv[0]).name}: error: {message_of(error)}"), file=sys.stderr)
+        print(one_line(f"{prog or Path(sys.argv[0]).name}: error: {message_of(error)}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,14 +1,12 @@
 """A run on your own text: load it, choose what to deploy, and classify texts.
 
-The bag of words is asked about all texts, and `early_exit` about those that stay. RUNS.md lists the files of a run. A
-run of train.py, which has no bag of words, is read as well.
+The bag of words is asked about all texts, and the model about those that stay. RUNS.md lists the files of a run.
 """
 
 import copy
 import hashlib
-import json
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,7 +21,7 @@ from minisweet import run as run_folder
 from minisweet.adaptive import in_float32, leaves
 from minisweet.base.commands import Parser, number, whole_number
 from minisweet.base.devices import choose_device, choose_precision, tokens_at_once
-from minisweet.base.files import LOG, InputError, read_dataclass, write_json, written_beside
+from minisweet.base.files import LOG, InputError, read_dataclass, write_json
 from minisweet.classifier.bag_of_words import NgramExit
 from minisweet.classifier.operating_point import OperatingPoint
 from minisweet.classifier.promise import Goal
@@ -37,7 +35,7 @@ from minisweet.outputs import BATCH_SIZE, Outputs, ask_all, check_finite, read_o
 from minisweet.run import LOGITS, Record
 from minisweet.texts import Examples, Texts
 
-BAG, OPERATING, LABELS = "bag_of_words.safetensors", "operating.json", "labels.jsonl"
+BAG, OPERATING = "bag_of_words.safetensors", "operating.json"
 ANSWERING = ("point", "model", "bag", "tokenizer")  # the parts of a run that answer
 AT_ONCE = 1024  # texts that the bag of words is asked about, so that those that stay fill batches
 TYPES = {"str": str, "int": int, "float": float, "bool": "True".__eq__}  # names of labels back to labels
@@ -54,8 +52,7 @@ class Fitted:
     set_aside: float = 1.0  # the share of the labelled rows that validates; 1 if they come from a file of their own
     trunk: str | None = None  # the run or classifier that the training started from
     dev_size: float = 0.2
-    exit_layers: list[int]  # (K,), 0 first if the bag of words stands in front
-    combines: bool = False  # whether the bag of words contributes to later exits
+    combines: bool = False  # whether the bag of words contributes to full depth
     trained_groups: list[str] = field(default_factory=list)  # hashes of the groups that were learned from
     validated_groups: list[str] = field(default_factory=list)  # the same, of the groups that validate
 
@@ -65,11 +62,10 @@ class OwnRun(NamedTuple):
 
     record: Record
     model: ExitModel | None = None  # in evaluation mode, on the CPU
-    bag: NgramExit | None = None  # exit 0; None too if the run has none
+    bag: NgramExit | None = None  # exit 0
     tokenizer: Tokenizer | None = None
     texts: Texts | None = None  # the validation rows
-    outputs: Outputs | None = None  # of all exits for the validation rows, those of the bag of words first
-    given: Mapping[int, int] = {}  # classes, by key, of validation texts that had no label; see `minisweet label`
+    outputs: Outputs | None = None  # for the validation rows: of the bag of words, then of the model
     point: OperatingPoint | None = None
 
 
@@ -78,9 +74,7 @@ class Deployed(NamedTuple):
 
     run: OwnRun
     threshold: float  # that of the operating point, or another one
-    bag: NgramExit | None  # the first of the operating point's exits; None if it is not asked
-    model: ExitModel  # with the rest of these exits
-    device: torch.device  # of bag and model
+    device: torch.device  # of the run's bag and model
     amp: str  # as in the options
     precision: torch.dtype | None  # to autocast to
     batch_size: int  # texts that run at once
@@ -98,8 +92,8 @@ class Answer(NamedTuple):
 
 
 def fitted_of(record: Record) -> Fitted:
-    """What `fit` added to a record, or its defaults for a run of train.py."""
-    return Fitted(**record.fit or {"exit_layers": record.exit_layers})
+    """What `fit` added to a record."""
+    return read_dataclass(Fitted, "run.json: fit", record.fit)
 
 
 def group_hash(group: str) -> str:
@@ -110,11 +104,6 @@ def group_hash(group: str) -> str:
 def in_groups(rows: Examples, known: Sequence[str]) -> np.ndarray:
     """Whether each row (N,) belongs to one of some groups, of which the hashes are known."""
     return np.isin([group_hash(group or "") for group in rows.groups or [None] * len(rows.first)], known)
-
-
-def sides_of(record: Record) -> int:
-    """How many texts a row has: 1, or 2 for pairs."""
-    return max(1, len(record.text_columns))  # the toy task has no columns
 
 
 def deploy(
@@ -128,10 +117,9 @@ def deploy(
         message = "the promise was made in %s, and this is %s: choose again with this --amp"
         LOG.warning(message, point.precision, precision or torch.float32)
     threshold = in_float32(point.threshold if threshold is None else threshold)
-    bag = run.bag.to(place) if point.exits[0] == 0 else None
-    model = run.model.keep_exits([run.model.exit_layers.index(n) for n in point.exits if n > 0]).to(place)
     labels = [TYPES[fitted_of(run.record).label_type](name) for name in run.record.labels]
-    return Deployed(run, threshold, bag, model, place, amp, precision, batch_size, labels)
+    run.bag.to(place), run.model.to(place)
+    return Deployed(run, threshold, place, amp, precision, batch_size, labels)
 
 
 def add_options(parser: Parser) -> None:
@@ -149,9 +137,9 @@ def deployed_of(args: Namespace, *parts: str) -> Deployed:
     return deploy(load_run(args.run, *ANSWERING, *parts), args.threshold, args.device, args.amp, args.batch_size)
 
 
-def tokenize(deployed: Deployed, texts: Iterable[str | Sequence[str]]) -> Texts:
-    """Tokenise texts, or pairs of texts. Raises InputError, naming the item, for anything else."""
-    return Texts(deployed.run.tokenizer, texts_of(texts, sides_of(deployed.run.record)))
+def tokenize(deployed: Deployed, texts: Iterable[str]) -> Texts:
+    """Tokenise texts. Raises InputError, naming the item, for anything else."""
+    return Texts(deployed.run.tokenizer, texts_of(texts))
 
 
 def classify(deployed: Deployed, texts: Texts) -> list[Answer]:
@@ -165,33 +153,27 @@ def classify(deployed: Deployed, texts: Texts) -> list[Answer]:
 
 @torch.no_grad()
 def decide(deployed: Deployed, ids: Tensor, mask: Tensor, types: Tensor) -> Decisions:
-    """Ask the bag of words about B texts, and the model about those that stay. Exits are counted with the bag as 0."""
-    inputs = ids, mask, types
-    threshold, batch_size, precision = deployed.threshold, deployed.batch_size, deployed.precision
-    rule, bag = deployed.run.point.rule, deployed.bag
-    autocast = torch.autocast(deployed.device.type, precision, enabled=precision is not None)
-    if bag is None:
-        with autocast:
-            return early_exit(deployed.model, *inputs, threshold, rule, batch_size)
+    """Ask the bag of words about B texts, and the model about those that stay."""
+    batch_size, precision, rule = deployed.batch_size, deployed.precision, deployed.run.point.rule
     lengths = mask.sum(1).clamp(min=1)  # (B,)
     confidence = torch.zeros_like(lengths, dtype=torch.float32)  # (B,)
     logits = confidence.new_zeros(len(lengths), rule.num_labels)  # (B, C)
     for rows in lengths.argsort(descending=True, stable=True).split(batch_size):  # similar lengths together
-        logits[rows] = rule.calibrated(0, bag(*(x[rows, : lengths[rows[0]]] for x in inputs)))
+        logits[rows] = rule.calibrated(0, deployed.run.bag(*(x[rows, : lengths[rows[0]]] for x in (ids, mask))))
         confidence[rows] = rule.confidence(0, logits[rows], None)
-    stay = (~leaves(confidence, threshold, rule.lowest)).nonzero().squeeze(1)  # (R,), texts that go on to the model
-    rest = rule.keep_exits(range(1, len(rule.weights)))
-    rest.bag_logits = logits[stay]
-    with autocast:
-        later = early_exit(deployed.model, *(x[stay] for x in inputs), threshold, rest, batch_size)
+    stay = (~leaves(confidence, deployed.threshold, rule.lowest)).nonzero().squeeze(1)  # (R,), those that go on
+    with torch.autocast(deployed.device.type, precision, enabled=precision is not None):
+        later = early_exit(deployed.run.model, *(x[stay] for x in (ids, mask, types)), 1.0, batch_size=batch_size)
+    logits[stay] = rule.full_depth(later.logits, logits[stay])
+    confidence[stay] = rule.confidence(1, logits[stay], None)
     exits = torch.zeros_like(lengths)
-    exits[stay], logits[stay], confidence[stay] = 1 + later.exits, later.logits, later.confidence
+    exits[stay] = 1
     return Decisions(logits.argmax(-1), exits, logits, confidence)
 
 
 def answers_of(deployed: Deployed, decisions: Decisions) -> list[Answer]:
     """Decisions about N texts as answers."""
-    names, layers = deployed.labels, deployed.run.point.exits
+    names, layers = deployed.labels, (0, deployed.run.record.depth)
     labels, exits, logits, confidence = (tensor.cpu() for tensor in decisions)
     columns = map(Tensor.tolist, (labels, confidence, exits, logits.softmax(-1)))
     return [
@@ -201,27 +183,24 @@ def answers_of(deployed: Deployed, decisions: Decisions) -> list[Answer]:
 
 
 @torch.no_grad()
-def ask_exits(
-    model: ExitModel, bag: NgramExit | None, texts: Texts, precision: torch.dtype | None, metric: str = "accuracy"
-) -> Outputs:
-    """Run all exits on all texts: those of a model (see `ask_all`), and before them a bag of words in float32."""
-    outputs = ask_all(model, texts, precision, metric)
-    if bag is not None:
-        device = next(model.parameters()).device
-        rows, logits = [], []
-        for batch in texts.by_length(BATCH_SIZE, tokens_at_once(device)):
-            rows.append(batch.rows)
-            logits.append(bag(*batch.to(device).inputs).cpu())
-        of_bag = torch.cat(logits)[torch.cat(rows).argsort()]  # (N, C)
-        exits = outputs.exits._replace(layers=[0, *outputs.exits.layers], in_vain=[0.0, *outputs.exits.in_vain])
-        outputs = outputs._replace(logits=torch.cat([of_bag[None], outputs.logits]), exits=exits)
+def ask_exits(model: ExitModel, bag: NgramExit, texts: Texts, precision: torch.dtype | None) -> Outputs:
+    """Run both exits on all texts: the bag of words in float32, and the model (see `ask_all`)."""
+    outputs = ask_all(model, texts, precision)
+    device = next(model.parameters()).device
+    rows, logits = [], []
+    for batch in texts.by_length(BATCH_SIZE, tokens_at_once(device)):
+        rows.append(batch.rows)
+        logits.append(bag(*batch.to(device).inputs[:2]).cpu())
+    of_bag = torch.cat(logits)[torch.cat(rows).argsort()]  # (N, C)
+    exits = outputs.exits._replace(layers=[0, *outputs.exits.layers])
+    outputs = outputs._replace(logits=torch.cat([of_bag[None], outputs.logits]), exits=exits)
     if cut := int(texts.is_cut.sum()):
         LOG.info("cut to %d tokens: %s texts", texts.lengths.max(), f"{cut:,}")
     return outputs if (outputs.labels >= 0).any() else outputs._replace(metric="agreement")
 
 
 def choose_for(run: OwnRun, goal: Goal, device: str, amp: str, folder: Path | None = None) -> OwnRun:
-    """Choose what to deploy of a run. All exits are run first, unless there are outputs in this precision.
+    """Choose what to deploy of a run. Both exits are run first, unless there are outputs in this precision.
 
     A run that was loaded without its model is read from `folder`. Raises InputError if logits are infinite or NaN.
     """
@@ -233,25 +212,25 @@ def choose_for(run: OwnRun, goal: Goal, device: str, amp: str, folder: Path | No
         model, bag = asked.model, asked.bag
         if next(model.parameters()).device != place:
             model, bag = copy.deepcopy((model, bag))  # other threads may answer with these weights
-        outputs = ask_exits(model.to(place), bag and bag.to(place), asked.texts, precision, record.metric)
+        outputs = ask_exits(model.to(place), bag.to(place), asked.texts, precision)
         check_finite(outputs, folder or "the run")
-    point = choose(outputs, goal, record.trained_keys, given=run.given, combines=fitted_of(record).combines)
+    point = choose(outputs, goal, record.trained_keys, combines=fitted_of(record).combines)
     return run._replace(outputs=outputs, point=replace(point, id=record.id))
 
 
 def load_run(folder: Path, *parts: str) -> OwnRun:
     """Load the record of a run and the named parts. Raises InputError if one is missing, broken or of another run."""
     record = run_folder.read_record(folder)
+    if record.fit is None:
+        raise InputError(f"{folder}: a run of train.py, which is evaluated by: python evaluate.py {folder}")
     readers = {"model": run_folder.load_model, "bag": load_bag, "tokenizer": run_folder.load_run_tokenizer}
-    readers |= {"texts": load_texts, "outputs": load_outputs, "given": read_given, "point": read_point}
+    readers |= {"texts": load_texts, "outputs": load_outputs, "point": read_point}
     return OwnRun(record, **{part: readers[part](folder, record) for part in parts})
 
 
-def load_bag(folder: Path, record: Record) -> NgramExit | None:
-    """Load the bag of words of a run; None if it has none."""
-    if fitted_of(record).exit_layers[0] != 0:
-        return None
-    bag = NgramExit(record.vocab_size, len(record.labels), [], pairs=sides_of(record) == 2)
+def load_bag(folder: Path, record: Record) -> NgramExit:
+    """Load the bag of words of a run."""
+    bag = NgramExit(record.vocab_size, len(record.labels), [])
     bag.load_state_dict(read_tensors(folder / BAG, record.id)[0])
     return bag
 
@@ -264,7 +243,7 @@ def load_texts(folder: Path, record: Record) -> Texts:
 
 
 def load_outputs(folder: Path, record: Record) -> Outputs:
-    """Load the outputs of all exits for the validation rows."""
+    """Load the outputs of both exits for the validation rows."""
     try:
         return read_outputs(folder / LOGITS, record.id)
     except InputError as error:
@@ -282,26 +261,10 @@ def read_point(folder: Path, record: Record) -> OperatingPoint:
     return point
 
 
-def read_given(folder: Path, record: Record) -> dict[int, int]:
-    """Read the labels that were given on request: classes by key."""
-    path = folder / LABELS
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # texts hold other line ends
-        return {row["key"]: record.labels.index(row["label"]) for row in map(json.loads, lines)}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path}: not readable ({error!r:.200})") from None
-
-
 def write_chosen(folder: Path, run: OwnRun) -> None:
-    """Write what `choose` may change: the outputs, the operating point, and labels that were given on request."""
+    """Write what `choose` may change: the outputs and the operating point."""
     write_outputs(folder / LOGITS, run.outputs, run.record.id)
-    write_json(folder / OPERATING, asdict(run.point) | {"goal": run.point.goal.as_json()})
-    if run.given and run.texts:
-        names = run.record.labels
-        rows = dict(zip(run.texts.keys.tolist(), run_folder.rows_of(run.texts.examples, names), strict=True))
-        with written_beside(folder / LABELS) as new, new.open("w", encoding="utf-8") as file:
-            for key, label in run.given.items():
-                file.write(json.dumps(rows[key] | {"label": names[label], "key": key}, ensure_ascii=False) + "\n")
+    write_json(folder / OPERATING, asdict(run.point))
 
 
 def save(out: Path, run: OwnRun, overwrite: bool = True) -> None:
@@ -309,7 +272,6 @@ def save(out: Path, run: OwnRun, overwrite: bool = True) -> None:
 
     def add_files(folder: Path) -> None:
         write_chosen(folder, run)
-        if run.bag is not None:
-            (folder / BAG).write_bytes(to_bytes(run.bag.state_dict(), {"id": run.record.id}))
+        (folder / BAG).write_bytes(to_bytes(run.bag.state_dict(), {"id": run.record.id}))
 
     run_folder.save_run(out, run.record, run.model, run.tokenizer, run.texts.examples, add_files, overwrite)

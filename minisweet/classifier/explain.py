@@ -1,7 +1,6 @@
 """Show each exit's answer to a text, and where the text exits; or write a page that shows it for validation rows.
 
     minisweet explain RUN "The film was not superb."
-    minisweet explain RUN "How old are you?" "What is your age?"
     minisweet explain RUN --html page.html
 
 Exit 0 is a sum over words and pairs of neighbours, so that the contribution of each is known exactly. The page shows
@@ -10,7 +9,6 @@ the labelled validation rows, or all if none is labelled, and applies the same e
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -30,21 +28,22 @@ from minisweet.texts import Texts
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_NGRAMS = 5  # on each side
 MOST_ROWS = 10_000  # rows of the page that have n-grams, so that it stays small
-SIMILARITIES = ("(similarity of first text to second)", "(similarity of second text to first)")
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Explain one text, or write the page."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "minisweet explain")
     add_options(parser)
     option = parser.add_argument
-    option("text", nargs="*", metavar="TEXT", help="a text, or the two of a pair")
+    option("text", nargs="?", metavar="TEXT", help="a text")
     option("--html", type=path_to(".html"), metavar="FILE", help="write a page of the validation rows")
-    args = parser.parse_args()
-    if bool(args.text) == bool(args.html):
-        raise InputError("TEXT: should be a text, or the two of a pair; or --html FILE and no text")
-    parser.need(args, args.text, "TEXT; the page shows saved answers", "threshold", "batch_size", "device", "amp")
-    if args.text:
+    args = parser.parse_args(words)
+    if (args.text is None) == (args.html is None):
+        raise InputError("TEXT: should be a text; or --html FILE and no text")
+    parser.need(
+        args, args.text is not None, "TEXT; the page shows saved answers", "threshold", "batch_size", "device", "amp"
+    )
+    if args.text is not None:
         deployed = deployed_of(args)
         print_exits(deployed, explain(deployed, args.text))
     else:
@@ -52,19 +51,18 @@ def main() -> None:
         print(f"written to {args.html}")
 
 
-def explain(deployed: Deployed, text: str | Sequence[str]) -> list[tuple[Answer, bool]]:
-    """Each exit's answer to a text or a pair, and whether the text may leave there, as always at the last exit."""
+def explain(deployed: Deployed, text: str) -> list[tuple[Answer, bool]]:
+    """Both exits' answers to a text, and whether the text may leave there, as always at the last one."""
     texts = tokenize(deployed, [text])
     rule = deployed.run.point.rule
-    outputs = ask_exits(deployed.model, deployed.bag, texts, deployed.precision).by(rule)
-    logits = outputs.logits[:, 0]  # (K, C)
-    confidence = logits.softmax(-1).amax(-1)  # (K,)
-    may_leave = leaves(confidence, deployed.threshold, rule.lowest)  # (K,)
+    outputs = ask_exits(deployed.run.model, deployed.run.bag, texts, deployed.precision).by(rule)
+    logits = outputs.logits[:, 0]  # (2, C)
+    confidence = logits.softmax(-1).amax(-1)  # (2,)
+    may_leave = leaves(confidence, deployed.threshold, rule.lowest)  # (2,)
     may_leave[-1] = True
     exits = torch.arange(len(logits), device="cpu")  # whatever the user's default device is
     answers = answers_of(deployed, Decisions(logits.argmax(-1), exits, logits, confidence))
-    if deployed.bag is not None:
-        answers[0] = answers[0]._replace(words=word_scores(deployed, texts, 0))
+    answers[0] = answers[0]._replace(words=word_scores(deployed, texts, 0))
     return list(zip(answers, may_leave.tolist(), strict=True))
 
 
@@ -72,13 +70,13 @@ def word_scores(deployed: Deployed, texts: Texts, row: int) -> tuple[dict[str, f
     """What speaks most for exit 0's answer to a text, and for its runner-up: five n-grams each, largest first.
 
     A number is what a word, or a pair of neighbours "a b", adds to the difference of the two logits, wherever it stands
-    in the text. In pairs of texts it may also be how similar one is to the other.
+    in the text.
     """
     inputs = texts.batch(np.array([row])).to(deployed.device).inputs
-    answer, runner_up = deployed.bag(*inputs)[0].argsort(descending=True, stable=True)[:2]
-    added = deployed.bag.contributions(*inputs)[0]  # (2T or 2T+2, C)
+    answer, runner_up = deployed.run.bag(*inputs[:2])[0].argsort(descending=True, stable=True)[:2]
+    added = deployed.run.bag.contributions(*inputs[:2])[0]  # (2T, C)
     tokens = list(map(deployed.run.tokenizer.id_to_token, inputs[0][0].tolist()))
-    names = [*tokens, *map(" ".join, pairwise([*tokens, ""])), *SIMILARITIES]
+    names = [*tokens, *map(" ".join, pairwise([*tokens, ""]))]
     total = Counter()
     for name, number in zip(names, (added[:, answer] - added[:, runner_up]).tolist(), strict=False):
         total[name] += number
@@ -97,10 +95,10 @@ def print_exits(deployed: Deployed, exits: list[tuple[Answer, bool]]) -> None:
         probabilities = ", ".join(f"{one_line(label, 30)} {p:.3f}" for label, p in likeliest)
         row = f"{'->' if answer is taken else '  '} {answer.exit_layer:>5}  {answer.confidence:>10.3f}"
         print(f"{row}  {'yes' if may_leave else 'no':<6}  {probabilities}")
-    if words := exits[0][0].words:
-        (label, _), (runner_up, _) = Counter(exits[0][0].probabilities).most_common(2)
-        print(f"\nexit 0 adds up words and pairs of neighbours. For {one_line(label, 30)}: {in_words(words[0])}")
-        print(f"For {one_line(runner_up, 30)}, the runner-up: {in_words(words[1])}")
+    words = exits[0][0].words
+    (label, _), (runner_up, _) = Counter(exits[0][0].probabilities).most_common(2)
+    print(f"\nexit 0 adds up words and pairs of neighbours. For {one_line(label, 30)}: {in_words(words[0])}")
+    print(f"For {one_line(runner_up, 30)}, the runner-up: {in_words(words[1])}")
     place = f"after layer {taken.exit_layer}" if taken.exit_layer else "at exit 0, a bag of words"
     print(f"\n-> leaves {place} as {one_line(taken.label, 200)}")
 
@@ -116,9 +114,8 @@ def write_page(path: Path, deployed: Deployed) -> None:
     Rows without a label are shown only if no row has one.
     """
     record, point, texts, outputs = deployed.run.record, deployed.run.point, deployed.run.texts, deployed.run.outputs
-    places = [outputs.exits.layers.index(n) for n in point.exits]
     rule = point.rule
-    outputs = outputs._replace(logits=outputs.logits[places], exits=outputs.exits.keep_exits(places)).by(rule)
+    outputs = outputs.by(rule)
     shown = np.flatnonzero(outputs.labels.numpy() >= 0)
     has_labels = len(shown) > 0
     outputs = scored(outputs)
@@ -126,26 +123,24 @@ def write_page(path: Path, deployed: Deployed) -> None:
     thresholds = sorted({rule.lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > rule.lowest)})
     plain = ExitRule(len(record.labels))  # of calibrated logits
     curve, _ = sweep([(plain, np.arange(len(outputs.labels)))], outputs, thresholds)
-    confidences = plain.confidences(outputs.logits).tolist()  # (K, N)
-    rows = range(min(MOST_ROWS, len(texts))) if deployed.bag is not None else ()
+    confidences = plain.confidences(outputs.logits).tolist()  # (2, N)
+    rows = range(min(MOST_ROWS, len(texts)))
     words = (word_scores(deployed, texts, row) for row in progress(rows, desc="exit 0", unit="text"))
     data = {
         **{key: curve[key] for key in ("scores", "speedup_ratios", "exit_scores")},
         "task": record.task,
-        "method": record.arguments.method,
         "labels": record.labels,
-        **outputs.exits._asdict(),
+        "depth": record.depth,
         "model": Path(record.arguments.model).name,
         "thresholds": thresholds,
         "lowest": rule.lowest,
-        "point": asdict(point) | {"goal": point.goal.as_json(), "promise": point.promise},
+        "point": asdict(point) | {"promise": point.promise},
         "metric": METRIC_NAMES[outputs.metric],
         "sentences": texts.examples.texts(),
         "predictions": outputs.logits.argmax(-1).tolist(),
         "confidences": [[float(f"{sure:.9g}") for sure in row] for row in confidences],  # enough for float32
         "words": [list(map(in_words, both)) for both in words],
         "right": outputs.labels.tolist() if has_labels else None,
-        "difficulties": texts.examples.difficulties,  # of the toy task
     }
     # "<" could begin a tag or a comment that ends the script element. json escapes everything beyond ASCII.
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

@@ -7,8 +7,8 @@ file gets a threshold and a promise of its own, relative to its own full depth.
 
 import copy
 import json
-import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from minisweet.adaptive import in_float32
 from minisweet.base.commands import progress
 from minisweet.base.files import InputError, written_beside
 from minisweet.classifier.combined_rule import CombinedRule
-from minisweet.classifier.deployed import OwnRun, classify, deploy, fitted_of, sides_of
+from minisweet.classifier.deployed import OwnRun, classify, deploy, fitted_of
 from minisweet.classifier.onnx_graph import INPUTS, export_graph, set_rule
 from minisweet.classifier.operating_point import OperatingPoint
 from minisweet.classifier.promise import METRIC_NAMES
@@ -33,20 +33,17 @@ from minisweet.texts import Texts, special_tokens
 def export_onnx(out: Path, run: OwnRun, int8: bool = False) -> list[str]:
     """Write one file of a run, with weights of eight bits if `int8`, whole or not at all.
 
-    Returns the lines that `minisweet export` prints. Raises InputError if `out` exists, the run is a Multi-Model, or
-    more than one float32 answer, and more than 0.1% of them, differ from the model's.
+    Returns the lines that `minisweet export` prints. Raises InputError if `out` exists, or more than one
+    float32 answer, and more than 0.1% of them, differ from the model's.
     """
-    if run.model.method == "mm":
-        raise InputError("--onnx: the run is of Multi-Model (mm); the file is for one model")
     record = run.record
     deployed = deploy(run, device="cpu", amp="off")
     lines = []
     _, judging, _ = choosers_and_judges(run.outputs, record.trained_keys)
     rows = judging if len(judging) else np.arange(len(run.texts))  # to try the file on
     tried = run.texts.take(rows)
-    fitted = fitted_of(record)
     with written_beside(out, overwrite=False) as new:
-        file = export_graph(deployed.model, deployed.bag, run.point.threshold, run.point.rule, int8)
+        file = export_graph(deployed.run.model, deployed.run.bag, run.point.threshold, run.point.rule, int8)
         if int8:
             point, line = choose_for_int8(file, run, rows)
             lines.append(line)
@@ -65,12 +62,11 @@ def export_onnx(out: Path, run: OwnRun, int8: bool = False) -> list[str]:
         lines.append(f"milliseconds per text: {at_both}")
         metadata = {
             "labels": record.labels,
-            "exit_layers": point.exits,
+            "exit_layers": [0, record.depth],
             "max_length": record.arguments.max_length,
-            "pairs": sides_of(record) == 2,
             "texts_at_once": 1 if int8 else None,  # None for any number
             "threshold": deployed.threshold,
-            "goal": point.goal.as_json(),
+            "goal": asdict(point.goal),
         }
         tokenizer = copy.deepcopy(run.tokenizer)
         pad = special_tokens(run.tokenizer)[2]
@@ -79,30 +75,24 @@ def export_onnx(out: Path, run: OwnRun, int8: bool = False) -> list[str]:
         set_model_props(file, as_json | {"tokenizer": tokenizer.to_str()})
         new.write_bytes(file.SerializeToString())
         size = new.stat().st_size / 1e6
-    promise = point.in_words(len(fitted.exit_layers), fitted.set_aside)
+    promise = point.in_words(fitted_of(record).set_aside)
     if point.precision not in ("int8", "torch.float32"):
         promise = f"the promise was made in {point.precision}, not for this file: choose again with --amp off"
     kind = "int8" if int8 else "float32"
-    exits = ", ".join(map(str, point.exits))
-    first = f"{out}: {kind}, {size:.1f} MB, exits {exits}, by default at threshold {deployed.threshold:.6g}"
+    first = f"{out}: {kind}, {size:.1f} MB, by default at threshold {deployed.threshold:.6g}"
     return [first, *lines, promise]
 
 
 def choose_for_int8(file: ModelProto, run: OwnRun, rows: np.ndarray) -> tuple[OperatingPoint, str]:
     """Choose for an int8 file from its own answers. Also returns a line: what eight bits change in some rows."""
-    layers = run.point.exits
-    answers = []
-    for k in range(len(layers)):  # with a temperature of NaN no text leaves, so that all leave at exit k
-        temperatures = torch.tensor([math.nan] * k + [1.0] * (len(layers) - k))
-        set_rule(file, 0.0, CombinedRule(1, temperatures, torch.zeros(len(layers))))
-        (probabilities, _, _), _ = one_by_one(file, run.texts)
-        answers.append(probabilities)
-    logits = torch.from_numpy(np.stack(answers)).clamp(min=1e-37).log()  # (K, N, C)
-    exits = run.outputs.exits.keep_exits([run.outputs.exits.layers.index(n) for n in layers])
-    outputs = run.outputs._replace(logits=logits, exits=exits, precision="int8")
-    known = run.record.trained_keys
-    combines = run.point.rule.needs_bag
-    point = choose(outputs, run.point.goal, known, layers, run.given, combines)
+    set_rule(file, 0.0, CombinedRule(1, torch.ones(2), torch.zeros(2)))
+    at = [
+        np.array(threshold, np.float32) for threshold in (0, 1)
+    ]  # where all texts leave at exit 0, and where none does
+    answers = [one_by_one(file, run.texts, threshold=threshold)[0][0] for threshold in at]
+    logits = torch.from_numpy(np.stack(answers)).clamp(min=1e-37).log()  # (2, N, C)
+    outputs = run.outputs._replace(logits=logits, precision="int8")
+    point = choose(outputs, run.point.goal, run.record.trained_keys, fitted_of(run.record).combines)
     changes = int((logits[-1].argmax(-1) != run.outputs.logits[-1].argmax(-1))[rows].sum())  # of the last exit alone
     line = f"int8: {changes:,} of {len(rows):,} answers at full depth are not the model's"
     if outputs.metric != "agreement":

@@ -1,19 +1,14 @@
 """How a model becomes one ONNX graph with early exit inside.
 
 torch exports each kind of step once, as a function with weights as inputs: the embeddings, a layer, an exit, the bag of
-words. `Writer` writes the graph that calls them. ONNX's node `If` runs one of two inner graphs, and so the file is a
-graph in a graph in a graph. For exits 0 (the bag of words), 2 and 6:
+words. `Writer` writes the graph that calls them. ONNX's node `If` runs one of two inner graphs:
 
-    exit 0 answers all rows
+    exit 0, the bag of words, answers all rows
     If rows stay, which are those whose confidence is too low:
-        these rows alone are embedded, and run through layer 1
-        exit 2 answers them
-        If rows stay:
-            these rows alone run through layers 2 to 5
-            exit 6 answers them, and its answers replace those of exit 2 in these rows
-        the answers of exits 2 and 6 replace those of exit 0 in these rows
+        these rows alone are embedded, and run through all layers
+        the last exit's answers replace those of exit 0 in these rows
 
-At threshold 1 another `If` skips all exits but the last, and all rows stay. Of a batch's B rows, M reach an exit.
+Of a batch's B rows, M reach the last exit.
 """
 
 import copy
@@ -22,7 +17,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
 
 import numpy as np
 import onnx
@@ -37,12 +31,12 @@ from torch import Tensor, nn
 
 from minisweet.classifier.bag_of_words import NgramExit
 from minisweet.classifier.combined_rule import CombinedRule
-from minisweet.exits import MultiExitModel
-from minisweet.layers import Dropout
+from minisweet.exits import MultiExitModel, pool
+from minisweet.fast import Dropout
 
 OPSET, IR_VERSION = 20, 10  # ONNX Runtime reads both from 1.18 on
 INPUTS, OUTPUTS = ("input_ids", "attention_mask", "token_type_ids"), ("probabilities", "confidence", "exit_layer")
-RULE = ("temperatures", "weights")  # (K,): what logits are divided by, and how much the bag's logits count
+RULE = ("temperatures", "weights")  # (2,): what logits are divided by, and how much the bag's logits count
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 
 
@@ -78,26 +72,23 @@ def function_of(name: str, step: Step, inputs: Sequence[Tensor]) -> FunctionProt
 class Writer:
     """Writes the graph of a model, and of a bag of words in front of it, node by node. Values go by their names.
 
-    The `state` of rows is what the next exit starts from: tokens, or hidden states and context. An exit's answers
-    (M, C+2) are probabilities, confidence and layer.
+    An exit's answers (M, C+2) are probabilities, confidence and layer.
     """
 
-    def __init__(self, model: MultiExitModel, bag: NgramExit | None, combines: bool) -> None:
-        self.combines = combines  # whether the bag of words contributes to later exits
+    def __init__(self, model: MultiExitModel, bag: NgramExit) -> None:
         self.bag = bag
         self.model = copy.deepcopy(model).requires_grad_(False).train()
-        self.exit_layers = model.exit_layers if bag is None else (0, *model.exit_layers)
         for module in self.model.modules():
             if isinstance(module, Dropout):  # attention as in training is fewer nodes than torch's own
                 module.p = 0.0
         encoder, layer, head = self.model.encoder, self.model.encoder.layers[0], self.model.heads[0]
+        pooling = encoder.config.pooling
         start = Step(lambda encoder, ids, mask, types: (encoder.embed(ids, types), *encoder.context(mask)), encoder)
         go = Step(lambda layer, hidden, *context: layer(hidden, context), layer)
-        ask = Step(lambda layer, head, hidden, *context: head(layer(hidden, context, tokens=1))[0], layer, head)
+        ask = Step(lambda head, hidden, mask: head(pool(hidden, mask, pooling))[0], head)
         tokens = [torch.ones(3, 7).long() for _ in INPUTS]
-        steps = {"start": (start, tokens), "go": (go, start(*tokens)), "ask": (ask, start(*tokens))}
-        if bag is not None:
-            steps["ask_bag"] = Step(lambda bag, *tokens: bag(*tokens), bag), tokens
+        steps = {"start": (start, tokens), "go": (go, start(*tokens)), "ask": (ask, (start(*tokens)[0], tokens[1]))}
+        steps["ask_bag"] = Step(lambda bag, *tokens: bag(*tokens), bag), tokens[:2]
         self.functions = {name: function_of(name, *step) for name, step in steps.items()}
         self.nodes, self.weights = [], []
         self.count = 0
@@ -132,77 +123,49 @@ class Writer:
         self.nodes, self.weights = outside
         return self.add("If", condition, then_branch=graphs[0], else_branch=graphs[1])
 
-    def go(self, k: int, state: Sequence[str]) -> list[str]:
-        """The state before exit k's layer, from the state at the exit before."""
-        n, done = self.exit_layers[k], self.exit_layers[k - 1] - 1 if k else -1
-        if n == 0:
-            return list(state)
-        if done < 0:
-            state = self.call("start", "start", [self.model.encoder], *state)
-            done = 0
-        hidden, *context = state
-        for i in range(done, n - 1):
-            (hidden,) = self.call("go", f"layers.{i}", [self.model.encoder.layers[i]], hidden, *context)
-        return [hidden, *context]
+    def divided(self, k: int, logits: str) -> str:
+        """Logits (M, C), divided by exit k's temperature."""
+        return self.add("Div", logits, self.add("Gather", "temperatures", self.add("Constant", value_int=k)))
 
-    def ask_bag(self, state: list[str]) -> str:
-        """The logits (M, C) of the bag of words."""
-        return self.call("ask_bag", "bag_of_words", [self.bag], *state)[0]
-
-    def ask(self, k: int, state: list[str], bag_logits: str | None) -> str:
-        """Exit k's answers (M, C+2). `bag_logits` are None if they are not needed."""
-        add, model, n = self.add, self.model, self.exit_layers[k]
-        place = add("Constant", value_int=k)
-        if n == 0:
-            logits = bag_logits or self.ask_bag(state)
-        else:
-            modules = model.layer_of_exit(n), model.heads[model.exit_layers.index(n)]
-            (logits,) = self.call("ask", f"exits.{n}", modules, *state)
-        calibrated = add("Div", logits, add("Gather", "temperatures", place))
-        if bag_logits and k:
-            calibrated = add("Add", calibrated, add("Mul", bag_logits, add("Gather", "weights", place)))
-        probabilities = add("Softmax", calibrated)
+    def answers(self, layer: int, logits: str) -> str:
+        """The answers (M, C+2) of the exit after a layer, from calibrated logits (M, C)."""
+        add = self.add
+        probabilities = add("Softmax", logits)
         confidence = add("ReduceMax", probabilities, add("Constant", value_ints=[-1]))
         answers = add("Concat", probabilities, confidence, axis=1)  # (M, C+1)
-        layer = add("Constant", value_float=float(n))
-        return add("Pad", answers, add("Constant", value_ints=[0, 0, 0, 1]), layer)
+        after = add("Constant", value_float=float(layer))
+        return add("Pad", answers, add("Constant", value_ints=[0, 0, 0, 1]), after)
 
-    def from_exit(self, k: int, state: list[str], bag_logits: str | None = None) -> str:
-        """The answers (M, C+2) of exit k and of later exits to the rows that come to exit k."""
-        add = self.add
-        if k == len(self.exit_layers) - 1:
-            return self.ask(k, state, bag_logits)
-        if k == 0 and self.combines:
-            bag_logits = self.ask_bag(state)
-
-        def skip() -> str:  # zeros in place of answers
-            rows = add("Shape", state[0], end=1)
-            columns = add("Constant", value_ints=[self.model.num_labels + 2])
-            return add("ConstantOfShape", add("Concat", rows, columns, axis=0))
-
-        answers = self.either("asks", partial(self.ask, k, state, bag_logits), skip)
-        confidence = add("Gather", answers, add("Constant", value_int=self.model.num_labels), axis=1)  # (M,)
-        stays = add("NonZero", add("Not", add("GreaterOrEqual", confidence, "limit")))
-        rows = add("Squeeze", stays, add("Constant", value_ints=[0]))
-
-        def later() -> str:
-            of_rows = 3 if self.exit_layers[k] == 0 else 2  # all tokens; or hidden states and the context's first
-            kept = [add("Gather", x, rows) for x in state[:of_rows]] + state[of_rows:]
-            of_bag = bag_logits and add("Gather", bag_logits, rows)
-            replaced = self.from_exit(k + 1, self.go(k + 1, kept), of_bag)
-            return add("ScatterND", answers, add("Unsqueeze", rows, add("Constant", value_ints=[1])), replaced)
-
-        return self.either(add("Cast", add("Size", rows), to=BOOL), later, lambda: answers)
+    def full_depth(self, rows: str, bag_logits: str) -> str:
+        """The answers (M, C+2) of full depth to some rows (M,). `bag_logits` (B, C) are those of all rows."""
+        add, encoder = self.add, self.model.encoder
+        tokens = [add("Gather", x, rows) for x in INPUTS]
+        hidden, *context = self.call("start", "start", [encoder], *tokens)
+        for i, layer in enumerate(encoder.layers):
+            (hidden,) = self.call("go", f"layers.{i}", [layer], hidden, *context)
+        (logits,) = self.call("ask", "exit", [self.model.heads[0]], hidden, tokens[1])
+        of_bag = add("Mul", add("Gather", bag_logits, rows), add("Gather", "weights", add("Constant", value_int=1)))
+        return self.answers(len(encoder.layers), add("Add", self.divided(1, logits), of_bag))
 
     def write(self) -> ModelProto:
-        """Write the whole graph. Besides the inputs of the file it has temperatures and weights, (K,) each."""
+        """Write the whole graph. Besides the inputs of the file it has temperatures and weights, (2,) each."""
         add, C = self.add, self.model.num_labels
-        zero, one, lowest = (add("Constant", value_float=value) for value in (0.0, 1.0, 1 / C))
+        zero, one, two, lowest = (add("Constant", value_float=value) for value in (0.0, 1.0, 2.0, 1 / C))
         start, axis, end = (add("Constant", value_ints=[value]) for value in (0, -1, C))
-        # As `leaves` of adaptive.py. At threshold 1 all stay, since the confidence of what is skipped is 0.
-        add("Where", add("LessOrEqual", "threshold", lowest), zero, "threshold", outputs=["limit"])
-        add("Less", "threshold", one, outputs=["asks"])
-        answers = self.from_exit(0, self.go(0, INPUTS))  # (B, C+2)
+        # As `leaves` of adaptive.py: at threshold 1 all rows stay.
+        limit = add("Where", add("Less", "threshold", one), "threshold", two)
+        limit = add("Where", add("LessOrEqual", "threshold", lowest), zero, limit)
+        (bag_logits,) = self.call("ask_bag", "bag_of_words", [self.bag], *INPUTS[:2])
+        answers = self.answers(0, self.divided(0, bag_logits))  # (B, C+2)
+        confidence = add("Gather", answers, add("Constant", value_int=C), axis=1)  # (B,)
+        stays = add("NonZero", add("Not", add("GreaterOrEqual", confidence, limit)))
+        rows = add("Squeeze", stays, add("Constant", value_ints=[0]))  # (M,)
+
+        def replaced() -> str:
+            places = add("Unsqueeze", rows, add("Constant", value_ints=[1]))
+            return add("ScatterND", answers, places, self.full_depth(rows, bag_logits))
+
+        answers = self.either(add("Cast", add("Size", rows), to=BOOL), replaced, lambda: answers)
         add("Slice", answers, start, end, axis, outputs=OUTPUTS[:1])
         add("Gather", answers, add("Constant", value_int=C), axis=1, outputs=OUTPUTS[1:2])
         layer = add("Gather", answers, add("Constant", value_int=C + 1), axis=1)
@@ -217,7 +180,7 @@ class Writer:
 
 
 def export_graph(
-    model: MultiExitModel, bag: NgramExit | None, threshold: float, rule: CombinedRule, int8: bool = False
+    model: MultiExitModel, bag: NgramExit, threshold: float, rule: CombinedRule, int8: bool = False
 ) -> ModelProto:
     """The graph of a bag of words and a model, with a rule for their exits. `threshold` is the default of an input.
 
@@ -229,7 +192,7 @@ def export_graph(
         after.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.WARNING)  # the exporters say much about themselves
         warnings.simplefilter("ignore")
-        file = inline_local_functions(Writer(model, bag, rule.needs_bag).write())
+        file = inline_local_functions(Writer(model, bag).write())
         optimizer.fold_constants(file)
         optimizer.remove_unused_nodes(file)
         if int8:
@@ -252,8 +215,8 @@ def export_graph(
 
 def set_rule(file: ModelProto, threshold: float, rule: CombinedRule) -> None:
     """Give a file, in place, a default threshold and a rule."""
-    weights = rule.weights / rule.temperatures[0] if rule.needs_bag else torch.zeros_like(rule.weights)
-    new = {"threshold": np.array(threshold), "temperatures": rule.temperatures.numpy(), "weights": weights.numpy()}
+    weights = (rule.weights / rule.temperatures[0]).numpy()
+    new = {"threshold": np.array(threshold), "temperatures": rule.temperatures.numpy(), "weights": weights}
     kept = [value for value in file.graph.initializer if value.name not in new]
     del file.graph.initializer[:]
     file.graph.initializer.extend(kept + [from_array(value.astype(np.float32), name) for name, value in new.items()])

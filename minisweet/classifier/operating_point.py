@@ -1,7 +1,6 @@
 """The operating point: what is deployed, what to expect of it on new text, and the promise in words."""
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 
 from minisweet.classifier.combined_rule import CombinedRule
-from minisweet.classifier.promise import ROUNDING, Goal, by_text, filled, lost_texts, scored, texts_needed
+from minisweet.classifier.promise import BOTH, Goal, by_text, filled, lost_texts, scored, texts_needed
 from minisweet.classifier.split import MOST_JUDGES, UNLABELLED_PER_JUDGE
 from minisweet.metrics import score
 from minisweet.outputs import Outputs
@@ -26,8 +25,7 @@ class OperatingPoint:
     """
 
     id: str | None = None  # of the run
-    threshold: float  # a text leaves at the first exit whose confidence, from 0 to 1, reaches it
-    exits: list[int]  # (K,), the layers of the exits that are asked, counted from 1; 0 is the bag of words
+    threshold: float  # a text leaves at the bag of words if its confidence, from 0 to 1, reaches it
     goal: Goal
     choosing_texts: int
     judging_texts: int
@@ -40,14 +38,14 @@ class OperatingPoint:
     lost_interval: list[float] | None
     share: float  # of the layers that run
     share_interval: list[float] | None
-    temperatures: list[float]  # (K,)
-    weights: list[float]  # (K,), how much the bag's answer counts at each exit
+    temperatures: list[float]  # (2,), of the bag of words and of the model
+    weights: list[float]  # (2,), how much the bag's answer counts: 0, and at full depth
     per_class: dict  # of the labelled judges: lists (C,), see `classification_report`
     precision: str  # of the logits
 
     @property
     def rule(self) -> CombinedRule:
-        """The rule of `exits`."""
+        """The rule of both exits."""
         numbers = torch.tensor([self.temperatures, self.weights], dtype=torch.float32, device="cpu")
         return CombinedRule(len(self.per_class["support"]), *numbers)
 
@@ -60,23 +58,18 @@ class OperatingPoint:
         at_most = "at most " * (self.judging_texts > self.labelled_judges)  # a missing label only adds to the count
         words = f"On {self.judging_texts:,} of your texts that the model had not seen, early exit lost {at_most}"
         words += f"{count:,} answer{'s' * (count != 1)} that the full model had right."
-        if self.goal.max_share is None:
-            words += f" In the long run at most {self.goal.max_lost:g} in 100 new texts like these are lost,"
-            words += f" {self.goal.sure:g}% sure."
+        words += f" In the long run at most {self.goal.max_lost:g} in 100 new texts like these are lost,"
+        words += f" {self.goal.sure:g}% sure."
         if self.labelled_judges and self.score_interval:  # the score is accuracy
             words += f" Of {self.labelled_judges:,} labelled ones the full model had {self.full_depth:.1f} of 100"
             words += f" right, early exit {self.score:.1f}."
         return words
 
     def shortfall(self, set_aside: float) -> str:
-        """A line if the goal is out of reach, or only full depth can be promised, with the rows that it takes; or "".
+        """A line if only full depth can be promised, with the rows that it takes; or "".
 
         `set_aside` is the share of labelled rows that validates.
         """
-        if self.goal.max_share is not None:
-            if self.share <= self.goal.max_share + ROUNDING:
-                return ""
-            return f"at most {self.goal.max_share:g} of the layers is out of reach: the fastest takes {self.share:.3g}"
         if self.threshold < 1:
             return ""
         problem = "nothing faster than full depth can be promised"
@@ -91,23 +84,21 @@ class OperatingPoint:
         enough = f"{rows[0]:,} {kind} if none is lost, {rows[1]:,} if one is, and {rows[2]:,} if two are"
         return f"{problem}: only {self.judging_texts:,} texts judged. It takes about {enough}"
 
-    def in_words(self, num_exits: int, set_aside: float) -> str:
-        """The promise of a model with `num_exits` exits, or why nothing faster than full depth can be promised."""
-        if num_exits == 1:
-            return "the model has only one exit"
+    def in_words(self, set_aside: float) -> str:
+        """The promise, or why nothing faster than full depth can be promised."""
         return self.promise or self.shortfall(set_aside) or "all texts run to the last exit, and none is lost"
 
 
-def measure(places: Sequence[int], threshold: float, judges: Outputs, given: Mapping[int, int] | None = None) -> dict:
-    """Measure early exit with the exits at some places, counted from 0. Returns values of an `OperatingPoint`.
+def measure(threshold: float, judges: Outputs) -> dict:
+    """Measure early exit. Returns values of an `OperatingPoint`.
 
-    The `judges` have calibrated logits. Labels that are `given`, by key, enter `lost` alone.
+    The `judges` have calibrated logits.
     """
-    judged = filled(judges, given)
+    judged = filled(judges)
     labelled = scored(judges)
-    _, (answers,), (costs,) = judged.decide_at(places, [threshold])
+    _, (answers,), (costs,) = judged.decide_at(BOTH, [threshold])
     lost, costs = lost_texts(judged, answers), by_text(judged, costs)  # (T,) each
-    ends = judged.exits.keep_exits(places).costs(threshold)
+    ends = judged.exits.costs()
     point = {
         "judging_texts": len(lost),
         "lost": 100 * float(lost.mean()),
@@ -117,7 +108,7 @@ def measure(places: Sequence[int], threshold: float, judges: Outputs, given: Map
     }
     if threshold == 1:  # all answers are full depth's, at one cost
         point |= {"lost_interval": [0.0, 0.0], "share_interval": [ends[-1], ends[-1]]}
-    _, (answers,), _ = labelled.decide_at(places, [threshold])
+    _, (answers,), _ = labelled.decide_at(BOTH, [threshold])
     labels, full_depth = labelled.labels.numpy(), labelled.logits[-1].argmax(-1).numpy()
     for name, predictions in (("score", answers), ("full_depth", full_depth)):
         if labelled.metric == "accuracy":

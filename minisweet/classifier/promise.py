@@ -1,7 +1,7 @@
 """The promise about new text: the goal, the exact test, and where the search for a threshold ends.
 
 A text is *lost* if full depth, which runs all layers, is right and early exit is wrong. The goal is to lose at most P
-of 100 texts, and to be S% sure of that; or else to run at most a given share of the layers.
+of 100 texts, and to be S% sure of that.
 
 *Judging* texts try thresholds from 1, which is full depth, downwards: the lower, the faster. At each one the exact
 binomial test decides whether the goal still holds, and the first failure ends the search. Only texts whose answer early
@@ -13,64 +13,34 @@ validation samples lead to a broken promise: a threshold at which more than P of
 
 Proof. On the way down there is a first threshold that is too low. The exact test passes it in at most 100 - S of 100
 samples. In all others the search ends before it, and so takes no threshold that is too low. A missing label only adds
-to the count, so whichever texts are labelled, in whatever order, the search goes no lower than with all labels.
+to the count, so the search goes no lower than with all labels.
 
 This is Learn then Test (Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052) with fixed-sequence testing, which
 MAPIE calls `control_fwer` by "fixed_sequence". For early exits see Jazbec et al. 2024, https://arxiv.org/abs/2405.20915.
 """
 
 import math
-from argparse import Namespace
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from minisweet.base.commands import Options, number, option
-from minisweet.base.files import InputError
-from minisweet.metrics import METRICS, score
+from minisweet.metrics import METRICS
 from minisweet.outputs import Outputs
 
-ROUNDING = 1e-9  # of shares
+BOTH = [0, 1]  # the places of the exits: the bag of words, and full depth
 METRIC_NAMES = METRICS | {"agreement": "agreement with full depth"}  # the metric where no row has a label
 
 
 @dataclass(frozen=True, kw_only=True)
 class Goal(Options):
-    """The goal of early exit: to lose few texts, or else to run few layers."""
+    """The goal of early exit: to lose few texts."""
 
-    max_lost: float = option(3.0, number(0.01, 99.99), "lose at most this many of 100 texts (default: 3)")
-    sure: float = option(90.0, number(50, 99.9), "confidence in that, in percent (default: 90)")
-    max_share: float | None = option(None, number(0, 1), "instead of max-lost: at most this share of layers, 0 to 1")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_share is not None and self.max_lost != 3:
-            raise InputError(f"{self.max_share:g}, and max_lost is given too; give one of them", "max_share")
-
-    def changed(self, max_lost: float | None, sure: float | None, max_share: float | None) -> "Goal":
-        """The goal with some parts replaced; None keeps a part. Raises InputError if both kinds of goal are given."""
-        if max_share is not None:
-            if max_lost is not None:
-                raise InputError(f"{max_share!r:.60}, and max_lost is given too; give one of them", "max_share")
-            return Goal(max_share=max_share)
-        if max_lost is sure is None:
-            return self
-        return Goal(max_lost=self.max_lost if max_lost is None else max_lost, sure=self.sure if sure is None else sure)
-
-    def as_json(self) -> dict[str, float]:
-        """The goal as in operating.json: {"max_lost": P, "sure": S}, or {"max_share": s}."""
-        names = ("max_lost", "sure") if self.max_share is None else ("max_share",)
-        return {name: float(getattr(self, name)) for name in names}
-
-
-def goal_of(args: Namespace) -> Goal:
-    """The goal that was typed, where `Parser.add_options(Goal, max_lost=None, sure=None)` added its options."""
-    if args.sure is not None and args.max_share is not None:
-        raise InputError("needs --max-lost", "sure")
-    return Goal().changed(args.max_lost, args.sure, args.max_share)
+    max_lost: float = option(3.0, number(0.01, 99.99), "lose at most this many of 100 texts")
+    sure: float = option(90.0, number(50, 99.9), "confidence in that, in percent")
 
 
 def how_sure(texts: int, lost: Sequence[int] | np.ndarray, share: float) -> np.ndarray:
@@ -95,33 +65,15 @@ def most_lost(texts: int, goal: Goal) -> int:
     return int((how_sure(texts, np.arange(texts + 1), goal.max_lost / 100) >= goal.sure / 100).sum()) - 1
 
 
-def last_passed(lost: np.ndarray, texts: int, goal: Goal, exact: bool = True) -> int:
-    """The index of the lowest threshold that is reached, going down from 1 and stopping before the first failure.
+def fixed_sequence(outputs: Outputs, goal: Goal, thresholds: np.ndarray) -> float:
+    """Go down the thresholds (M,) from 1, stop before the first at which the test fails, and return the last one.
 
-    `lost` (M,) of the `texts` are lost at each threshold. If not `exact`, one fails if more than P of 100 are.
+    `outputs` have calibrated logits and all labels.
     """
-    limit = goal.max_lost / 100
-    passes = how_sure(texts, lost, limit) >= goal.sure / 100 if exact else lost <= texts * (limit + ROUNDING)  # (M,)
-    return max(np.flatnonzero(~passes[:-1]), default=-1) + 1
-
-
-def fixed_sequence(
-    outputs: Outputs, goal: Goal, places: Sequence[int], thresholds: np.ndarray, exact: bool = True
-) -> tuple[float, float, float]:
-    """Go down the thresholds (M,) with the exits at some places, counted from 0. For `exact` see `last_passed`.
-
-    `outputs` have calibrated logits and all labels. Returns the threshold that is reached, and there the share of the
-    layers that run, and the score in percent.
-    """
-    _, answers, costs = outputs.decide_at(places, thresholds)  # (M, N) each
-    shares = by_text(outputs, costs).mean(1)  # (M,)
-    scores = score(answers, outputs.labels.numpy(), outputs.metric)  # (M,)
-    if goal.max_share is not None:  # the slowest that is fast enough, or else the fastest that there is
-        m = max(np.flatnonzero(shares <= goal.max_share + ROUNDING), default=0)
-    else:
-        lost = lost_texts(outputs, answers)  # (M, T)
-        m = last_passed(lost.sum(1), lost.shape[1], goal, exact)
-    return float(thresholds[m]), float(shares[m]), float(scores[m])
+    _, answers, _ = outputs.decide_at(BOTH, thresholds)  # (M, N)
+    lost = lost_texts(outputs, answers)  # (M, T)
+    passes = how_sure(lost.shape[1], lost.sum(1), goal.max_lost / 100) >= goal.sure / 100  # (M,)
+    return float(thresholds[max(np.flatnonzero(~passes[:-1]), default=-1) + 1])
 
 
 def lost_rows(outputs: Outputs, answers: np.ndarray) -> np.ndarray:
@@ -147,19 +99,11 @@ def labelled(outputs: Outputs) -> Outputs:
     return outputs.take(np.flatnonzero(outputs.labels.numpy() >= 0))
 
 
-def filled(outputs: Outputs, given: Mapping[int, int] | None = None) -> Outputs:
-    """All rows, a missing label replaced by the one `given` for the row's key, or else by full depth's answer."""
+def filled(outputs: Outputs) -> Outputs:
+    """All rows, a missing label replaced by full depth's answer."""
     answers = outputs.logits[-1].argmax(-1)
-    if given:
-        pairs = zip(outputs.keys.tolist(), answers.tolist(), strict=True)
-        answers = torch.tensor([given.get(key, answer) for key, answer in pairs])
     metric = outputs.metric if (outputs.labels >= 0).any() else "agreement"
     return outputs._replace(labels=outputs.labels.where(outputs.labels >= 0, answers), metric=metric)
-
-
-def still_open(outputs: Outputs, given: Mapping[int, int]) -> np.ndarray:
-    """Whether each row has no label, and none was `given` for its key, (N,)."""
-    return (outputs.labels < 0).numpy() & ~np.isin(outputs.keys.numpy(), [*given])
 
 
 def scored(outputs: Outputs) -> Outputs:

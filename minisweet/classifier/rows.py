@@ -21,7 +21,8 @@ from minisweet.base.files import InputError, preview, regular_file, written_besi
 from minisweet.texts import Examples
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
-TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # by default, in this order
+TEXT_COLUMNS = ("text", "sentence")  # by default, in this order
+ONE_TEXT = "join the two texts into one, or train on pairs with train.py"
 HALF = re.compile("[\ud800-\udfff]")  # half of a character (a surrogate), which UTF-8 cannot encode
 NO_LISTS = (str, bytes, Mapping, set, frozenset)  # iterables that are not lists of texts
 to_json = partial(json.dumps, ensure_ascii=False)
@@ -30,7 +31,7 @@ to_json = partial(json.dumps, ensure_ascii=False)
 class Columns(NamedTuple):
     """The columns of a file."""
 
-    texts: list[str]  # one or two
+    text: str
     label: str | None = None
     group: str | None = None
 
@@ -124,30 +125,28 @@ def _suffix(path: Path) -> str:
     return suffix
 
 
-def find_columns(option: str, path: Path, *choices: Sequence[str]) -> list[str]:
-    """The first of the `choices` whose columns are all in the file. Errors name the option."""
+def find_column(option: str, path: Path, *choices: str) -> str:
+    """The first of the `choices` that is a column of the file. Errors name the option."""
     first_row = next(read_rows(path), (0, {}))[1]
-    columns = list(first_row) if first_row.keys() >= set(choices[0]) else all_columns(path)  # a JSON row may lack some
+    columns = list(first_row) if choices[0] in first_row else all_columns(path)  # a JSON row may lack some
     for choice in choices:
-        if set(choice) <= set(columns):
-            return list(choice)
+        if choice in columns:
+            return choice
     if not columns:
         raise InputError(f"{path}: it has no rows")
-    lacking = " or ".join(dict.fromkeys(map(",".join, choices)))
     advice = f"name it with {option}" if option else "name it so in the file"
+    advice = ONE_TEXT if {"sentence1", "sentence2"} <= {*columns} else advice
+    lacking = " or ".join(dict.fromkeys(choices))
     raise InputError(f"{path}: no column {lacking}; it has {preview(columns)}; {advice}")
 
 
-def text_columns(
-    path: Path, named: Sequence[str] | None, trained: Sequence[str] | None = None, option: str = "--text-columns"
-) -> list[str]:
-    """The columns of a file's texts: those `named`, else the `trained` ones, else the usual ones of the same number."""
-    counts = (1, 2) if trained is None else (max(1, len(trained)),)  # the toy task has no columns
-    if named and len(named) not in counts:
-        right = "one or two" if trained is None else f"{counts[0]}, as in training"
-        raise InputError(f"--text-columns: {','.join(named)}, should be {right}")
-    usual = [columns for columns in (trained or (), *TEXT_COLUMNS) if len(columns) in counts]
-    return find_columns(option, path, *([named] if named else usual))
+def text_column(
+    path: Path, named: Sequence[str] | None, trained: Sequence[str] = (), option: str = "--text-columns"
+) -> str:
+    """The column of a file's texts: the one `named`, else the `trained` one, else a usual one."""
+    if named and len(named) > 1:
+        raise InputError(f"--text-columns: {','.join(named)}, should be one column; {ONE_TEXT}")
+    return find_column(option, path, *(named or [*trained, *TEXT_COLUMNS]))
 
 
 def cell(path: Path, line: int, row: dict, column: str) -> str:
@@ -157,9 +156,7 @@ def cell(path: Path, line: int, row: dict, column: str) -> str:
     return value
 
 
-def read_texts(
-    path: Path, columns: Sequence[str], label_column: str | None = None, group_column: str | None = None
-) -> Examples:
+def read_texts(path: Path, column: str, label_column: str | None = None, group_column: str | None = None) -> Examples:
     """Read a file's texts, labels and groups. Rows without text are skipped and counted. Errors name the line."""
     texts, names, groups, empty = [], [], [], 0
 
@@ -170,18 +167,17 @@ def read_texts(
             raise InputError(f"{path}, line {line}: {column!r:.60}: {error}") from None
 
     for line, row in read_rows(path):
-        text = [cell(path, line, row, column) for column in columns]
+        text = cell(path, line, row, column)
         name, group = name_in(label_column), name_in(group_column)
-        if any(part.strip() for part in text):
+        if text.strip():
             texts.append(text)
             names.append(name)
             groups.append(group)
         else:
             empty += 1
     if not texts:
-        raise InputError(f"{path}: no rows with text in {', '.join(columns)}")
-    first, second = [list(side) for side in zip(*texts, strict=True)] + [None] * (2 - len(columns))
-    return Examples(first, second, None, groups=groups if group_column else None, names=names, empty=empty)
+        raise InputError(f"{path}: no rows with text in {column}")
+    return Examples(texts, None, None, groups=groups if group_column else None, names=names, empty=empty)
 
 
 def joined(*parts: Examples) -> Examples:
@@ -190,11 +186,10 @@ def joined(*parts: Examples) -> Examples:
     def values(field: str) -> list:
         return sum((getattr(part, field) or [None] * len(part.first) for part in parts), [])
 
-    second = None if parts[0].second is None else values("second")
     groups = values("groups")
     groups = groups if any(groups) else None
     empty = sum(part.empty for part in parts)
-    return Examples(values("first"), second, None, names=values("names"), groups=groups, empty=empty)
+    return Examples(values("first"), None, None, names=values("names"), groups=groups, empty=empty)
 
 
 # --- Lists in Python
@@ -223,50 +218,39 @@ def as_list(values: object) -> object:
     return (values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values).tolist()
 
 
-def texts_of(texts: Iterable[str | Sequence[str]], sides: int | None = None) -> Examples:
-    """A list of texts, or of pairs, as unlabelled rows; `sides` is 1 or 2, None for those of the first item.
-
-    Raises InputError, naming the item.
-    """
+def texts_of(texts: Iterable[str]) -> Examples:
+    """A list of texts as unlabelled rows. Raises InputError, naming the item."""
     columns = list(getattr(texts, "columns", []))  # of a frame of pandas
-    if len(columns) > (sides or 2):
-        usual = [names for names in TEXT_COLUMNS if len(names) == (sides or len(names)) and {*names} <= {*columns}]
-        named = [*usual, columns[: sides or 1]][0]
-        advice = f"pass df[{named if len(named) > 1 else named[0]!r}]"
-        raise InputError(f"texts: the frame has columns {preview(columns)}; {advice}")
+    if len(columns) > 1:
+        named = next((name for name in TEXT_COLUMNS if name in columns), columns[0])
+        raise InputError(f"texts: the frame has columns {preview(columns)}; pass df[{named!r}]")
     texts = as_list(texts)
     if isinstance(texts, NO_LISTS) or not isinstance(texts, Iterable):
         raise InputError(f"texts: {texts!r:.80}, should be a list; for one text: [text]")
-    rows = []
+    texts = list(texts)
     for i, text in enumerate(texts):
-        row = list(as_list(text)) if isinstance(text, tuple | list | np.ndarray) else [text]
-        sides = sides or (2 if len(row) == 2 else 1)
-        if len(row) != sides or not all(isinstance(part, str) for part in row):
-            wanted = "a pair of texts" if sides == 2 else "one text"
-            raise InputError(f"item {i}: {text!r:.80}, should be {wanted}")
-        if half := HALF.search("".join(row)):
+        if not isinstance(text, str):
+            is_pair = isinstance(text, tuple | list) and len(text) == 2
+            raise InputError(f"item {i}: {text!r:.80}, should be one text" + f"; {ONE_TEXT}" * is_pair)
+        if half := HALF.search(text):
             raise InputError(f"item {i}: it holds {half[0]!r}, half of a character; should be valid Unicode")
-        rows.append(row)
-    return Examples([row[0] for row in rows], [row[1] for row in rows] if sides == 2 else None, None)
+    return Examples(texts, None, None)
 
 
 def with_text(examples: Examples, groups: Iterable | None = None, option: str = "groups") -> Examples:
     """The rows that have text, with their groups; the others are counted. Raises InputError, naming the item."""
     if groups is not None:
         examples = examples._replace(groups=names_of(groups, len(examples.first), option)[0])
-    sides = zip(*(side for side in examples[:2] if side is not None), strict=True)
-    kept = [row for row, parts in enumerate(sides) if any(part.strip() for part in parts)]
+    kept = [row for row, text in enumerate(examples.first) if text.strip()]
     if examples.first and not kept:
         raise InputError("texts: all of them are empty")
     return examples.take(kept)._replace(empty=len(examples.first) - len(kept))
 
 
-def labelled_texts(X, y, sides: int | None = None) -> tuple[Examples, str]:
+def labelled_texts(X, y) -> tuple[Examples, str]:
     """Texts and labels as rows, and the type of the labels. Raises InputError, naming the item."""
-    examples = texts_of(X, sides)
+    examples = texts_of(X)
     names, types = names_of(y, len(examples.first), "labels")
-    if examples.second and examples.second == names:
-        raise InputError("texts: the second of each pair is its label; name the columns of texts alone")
     if len(types) > 1 and types != {"int", "float"}:
         raise InputError(f"labels: {' and '.join(sorted(types))} are mixed, should be of one type")
     return examples._replace(names=names), "float" if "float" in types else next(iter(types), "str")

@@ -1,28 +1,27 @@
-"""Choosing what to deploy: the exits to ask, and the threshold at which a text leaves.
+"""Choosing what to deploy: the threshold at which a text leaves.
 
 The units of the validation rows, which are texts or groups of texts, are split by a hash. A quarter *chooses*: it fits
-the rule of the exits, picks the exits that are worth asking and the thresholds to try, and decides whether unlabelled
-texts join the judges. Three quarters *judge* the thresholds (promise.py). One text of each group judges.
+the rule of the exits, picks the thresholds to try, and decides whether unlabelled texts join the judges. Three quarters
+*judge* the thresholds (promise.py). One text of each group judges.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
 
-from minisweet.adaptive import ExitRule, in_float32
+from minisweet.adaptive import in_float32
 from minisweet.classifier.combined_rule import CombinedRule, fit_combined_rule
 from minisweet.classifier.operating_point import CHOOSING, OperatingPoint, measure
 from minisweet.classifier.promise import (
-    ROUNDING,
+    BOTH,
     Goal,
     filled,
     fixed_sequence,
     labelled,
     lost_rows,
     most_lost,
-    still_open,
 )
 from minisweet.classifier.split import dealt, one_of_each
 from minisweet.outputs import Outputs
@@ -49,8 +48,7 @@ def choosers_and_judges(outputs: Outputs, known: Collection[int] = ()) -> tuple[
 class Trial(NamedTuple):
     """What the choosing texts decide before anyone looks at a judging text."""
 
-    rule: CombinedRule  # of all K exits; it has calibrated the logits of choosers and judges
-    places: list[int]  # of the exits to ask, counted from 0
+    rule: CombinedRule  # it has calibrated the logits of choosers and judges
     thresholds: np.ndarray  # (M,), to be tried
     choosers: Outputs
     judges: Outputs  # with -1 for missing labels
@@ -58,9 +56,7 @@ class Trial(NamedTuple):
     left_out: int  # rows that do neither, see `choosers_and_judges`
 
 
-def prepare(
-    outputs: Outputs, goal: Goal, known: Collection[int], exits: Sequence[int] | None = None, combines: bool = False
-) -> Trial:
+def prepare(outputs: Outputs, goal: Goal, known: Collection[int], combines: bool = False) -> Trial:
     """Choose everything that the judges try. For the arguments see `choose`."""
     choosing, judging, left_out = choosers_and_judges(outputs, known)
     has_judges = min(len(choosing), len(judging)) > 0
@@ -71,87 +67,40 @@ def prepare(
     choosers, judges = calibrated.take(choosing), calibrated.take(judging)
     if not unlabelled_judge(choosers, judges, goal):
         choosers, judges = labelled(choosers), labelled(judges)
-    places = [outputs.exits.layers.index(n) for n in exits or ()] or choose_exits(filled(choosers), goal, rule)
-    return Trial(rule, places, thresholds_to_try(choosers, places), choosers, judges, has_judges, left_out)
+    return Trial(rule, thresholds_to_try(choosers), choosers, judges, has_judges, left_out)
 
 
-def choose(
-    outputs: Outputs,
-    goal: Goal,
-    known: Collection[int] = (),
-    exits: Sequence[int] | None = None,
-    given: Mapping[int, int] | None = None,
-    combines: bool = False,
-) -> OperatingPoint:
+def choose(outputs: Outputs, goal: Goal, known: Collection[int] = (), combines: bool = False) -> OperatingPoint:
     """Choose what to deploy, from the outputs of the validation rows.
 
-    `known` are keys of texts that were trained on. `exits` are the layers of the exits to ask, including the last one;
-    None chooses those that reach the goal best. `given` are classes, by key, of judging texts that had no label.
-    `combines` says whether the bag of words contributes to later exits. If no text judges, the threshold is 1, and what
-    is stated is that of all rows, without intervals.
+    `known` are keys of texts that were trained on. `combines` says whether the bag of words contributes to full depth.
+    If no text judges, the threshold is 1, and what is stated is that of all rows, without intervals.
     """
-    rule, places, thresholds, choosers, judges, has_judges, _ = prepare(outputs, goal, known, exits, combines)
-    layers = outputs.exits.layers
-    judged = filled(judges, given)
-    given = given or {}
-    threshold = 1.0
-    if has_judges:
-        threshold, share, _ = fixed_sequence(judged, goal, places, thresholds)
-        if exits is None and goal.max_share is None and share > layers[-1] / outputs.exits.depth + ROUNDING:
-            threshold = 1.0  # trying exits in vain costs more than leaving early saves
-            places = needed_exits(rule)
-    point = measure(places, threshold, judges, given)
+    rule, thresholds, choosers, judges, has_judges, _ = prepare(outputs, goal, known, combines)
+    judged = filled(judges)
+    threshold = fixed_sequence(judged, goal, thresholds) if has_judges else 1.0
+    point = measure(threshold, judges)
     point["choosing_texts"] = len(choosers.keys.unique())
     point["labelled_judges"] = len(judges.keys[judges.labels >= 0].unique())
-    _, answers, _ = judged.decide_at(places, [threshold])  # (1, N)
-    if (lost_rows(judged, answers) & still_open(judges, given)).any():
+    _, answers, _ = judged.decide_at(BOTH, [threshold])  # (1, N)
+    if (lost_rows(judged, answers) & (judges.labels < 0).numpy()).any():
         point["lost_interval"][0] = 0.0  # full depth may be wrong there
     if not has_judges:
         point |= dict.fromkeys(("choosing_texts", "judging_texts", "labelled_judges"), 0)
         point |= {name: None for name in point if name.endswith("_interval")}
-    kept = rule.keep_exits(places)
-    point |= {"temperatures": kept.temperatures.tolist(), "weights": kept.weights.tolist()}
-    asked = [layers[k] for k in places]
-    return OperatingPoint(threshold=threshold, exits=asked, goal=goal, precision=outputs.precision, **point)
+    point |= {"temperatures": rule.temperatures.tolist(), "weights": rule.weights.tolist()}
+    return OperatingPoint(threshold=threshold, goal=goal, precision=outputs.precision, **point)
 
 
-def needed_exits(rule: CombinedRule) -> list[int]:
-    """The exits that are asked in any case, counted from 0: the last, and the bag of words if it contributes there."""
-    last = len(rule.temperatures) - 1
-    return [0, last] if rule.needs_bag else [last]
-
-
-def choose_exits(choosers: Outputs, goal: Goal, rule: CombinedRule) -> list[int]:
-    """The exits, counted from 0, that reach a goal best on the choosing rows, without the exact test.
-
-    The exit that helps most is added to the needed ones, as long as one helps: an exit can cost more than it saves.
-    """
-    places = needed_exits(rule)
-
-    def rank(places: list[int]) -> tuple[float, float]:  # the smaller the better
-        thresholds = thresholds_to_try(choosers, places)
-        _, share, value = fixed_sequence(choosers, goal, places, thresholds, exact=False)
-        return max(0.0, share - (goal.max_share or 0.0)), -value
-
-    while larger := [sorted([*places, k]) for k in range(len(choosers.logits)) if k not in places]:
-        best = min(larger, key=rank)
-        if rank(best) >= rank(places):
-            break
-        places = best
-    return places
-
-
-def thresholds_to_try(choosers: Outputs, places: Sequence[int]) -> np.ndarray:
+def thresholds_to_try(choosers: Outputs) -> np.ndarray:
     """About a hundred thresholds in increasing order, (M,). The last one is 1.
 
     They lie halfway between confidences of the choosing rows, so that rounding seldom changes an answer. At the first,
-    just above the lowest confidence, all texts leave at the first exit, except those without a word that the bag knows.
+    just above the lowest confidence, all texts leave at the bag of words, except those without a word that it knows.
     """
-    if len(places) == 1:  # no text can leave early
-        return np.ones(1)
-    rule = ExitRule(choosers.logits.shape[-1])  # of calibrated logits
-    confidences = np.unique(rule.confidences(choosers.logits)[list(places[:-1])].double().numpy())
-    least = in_float32(rule.lowest + 1e-6)
+    bag_logits = choosers.logits[0]  # (N, C)
+    confidences = np.unique(bag_logits.softmax(-1).amax(-1).double().numpy())
+    least = in_float32(1 / bag_logits.shape[1] + 1e-6)
     between = np.float32((confidences[1:] + confidences[:-1]) / 2)
     between = between[(between > least) & (between < 1)]
     return np.concatenate([[least], between[:: max(1, len(between) // 100)], [1.0]])
@@ -162,19 +111,19 @@ def unlabelled_judge(choosers: Outputs, judges: Outputs, goal: Goal) -> bool:
 
     Let full depth be right in a share r of the answers that early exit changes. Early exit may change k / (r `a`) of
     all answers if `a` labelled texts judge, of which k may be lost; and k' / (r `a` + `b`) if `b` unlabelled ones judge
-    too. Only the choosing texts, `a` and `b` decide, so that labels which are given later never change it.
+    too. Only the choosing texts, `a` and `b` decide.
     """
     a, b = (len(judges.keys[there].unique()) for there in (judges.labels >= 0, judges.labels < 0))
-    if goal.max_share is not None or not a:
+    if not a:
         return True
     right = share_right(choosers) * a
     return most_lost(a + b, goal) * right > most_lost(a, goal) * (right + b)
 
 
 def share_right(choosers: Outputs) -> float:
-    """How often full depth is right where an earlier exit's answer differs from it."""
+    """How often full depth is right where the bag's answer differs from it."""
     rows = labelled(choosers)
-    answers = rows.logits.argmax(-1)  # (K, N)
-    differ = answers[:-1] != answers[-1]
+    early, full = rows.logits.argmax(-1)  # (N,) each
+    differ = early != full
     count = int(differ.sum())
-    return 0.5 if count < ENOUGH else float((differ & (answers[-1] == rows.labels)).sum()) / count
+    return 0.5 if count < ENOUGH else float((differ & (full == rows.labels)).sum()) / count

@@ -107,9 +107,7 @@ class Split(NamedTuple):
     validation: Texts  # with and without labels; `units` are set if there are groups
 
 
-def split_rows(
-    name: str, texts: Texts, labels: Sequence[str], given: int, dev_size: float, learns_unlabelled: bool = True
-) -> Split:
+def split_rows(name: str, texts: Texts, labels: Sequence[str], given: int, dev_size: float) -> Split:
     """Split rows so that those of one unit are on one side.
 
     Args:
@@ -118,7 +116,6 @@ def split_rows(
         labels: the names of the classes.
         given: how many rows at the end are for validation. If 0, some labelled rows are set aside instead.
         dev_size: the share of the labelled units to set aside.
-        learns_unlabelled: whether unlabelled rows are learned from. Some validate in any case, unless rows are `given`.
 
     Raises InputError if the rows have fewer than two classes, or none is left on a side.
     """
@@ -153,7 +150,7 @@ def split_rows(
         shortage = "the groups of all that were given are trained on" if given else shortage
         raise InputError(f"{name}: too few validation texts: {shortage}")
     if len(unlabelled):
-        counts = f"{len(answered) * learns_unlabelled:,} to learn from, {len(judging):,} to judge"
+        counts = f"{len(answered):,} to learn from, {len(judging):,} to judge"
         known = len(unlabelled) - len(answered) - len(judging) - apart
         left_out = f"{known:,} also labelled, or duplicates" + f", {apart:,} in groups of validation rows" * (apart > 0)
         LOG.info("unlabelled texts: %s; left out: %s", counts, left_out)
@@ -163,7 +160,7 @@ def split_rows(
     if validation.examples.groups:  # renamed to their units, so that merged groups stay merged when a run is loaded
         validation.examples = validation.examples._replace(groups=[str(unit) for unit in units])
         validation.units = units_of(validation)
-    return Split(learning, answered if learns_unlabelled else answered[:0], validation)
+    return Split(learning, answered, validation)
 
 
 def deal_unlabelled(

@@ -7,7 +7,7 @@ from shlex import quote
 from minisweet.adaptive import in_float32
 from minisweet.classifier.deployed import OwnRun, fitted_of
 from minisweet.classifier.operating_point import measure
-from minisweet.classifier.promise import METRIC_NAMES, by_text, scored
+from minisweet.classifier.promise import METRIC_NAMES, scored
 from minisweet.classifier.selection import prepare
 
 
@@ -17,37 +17,26 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
     For another threshold than the one that was chosen, early exit is measured again, and `promise` is the last line.
     """
     outputs, point, fitted = run.outputs, run.point, fitted_of(run.record)
-    trial = prepare(outputs, point.goal, run.record.trained_keys, point.exits, fitted.combines)
+    trial = prepare(outputs, point.goal, run.record.trained_keys, fitted.combines)
     if threshold not in (None, in_float32(point.threshold)):
-        point = replace(point, threshold=threshold, **measure(trial.places, threshold, trial.judges, run.given))
-    layers = outputs.exits.layers
-    costs = outputs.exits.keep_exits(trial.places).costs(point.threshold)
-    table = [("deployed", point.score, point.share), ("full depth", point.full_depth, costs[-1])]
-    if layers[0] == 0:
-        table.insert(0, ("a bag of words alone (exit 0)", measure([0], 0.0, trial.judges)["score"], 0.0))
+        point = replace(point, threshold=threshold, **measure(threshold, trial.judges))
+    table = [("a bag of words alone (exit 0)", measure(0.0, trial.judges)["score"], 0.0)]
+    table += [("deployed", point.score, point.share), ("full depth", point.full_depth, 1.0)]
     metric = scored(trial.judges).metric
     title = "on new texts" if trial.has_judges else "on all validation rows, even if trained on"
     lines = [f"{title:<42}{METRIC_NAMES[metric]:>12}   share of the layers"]
     lines += [f"{name:<42}{value:12.1f}   {share:12.2f}" for name, value, share in table]
     gain = point.score - point.full_depth
     difference = f"{gain:+.1f} points compared with full depth" if gain else "the same score as full depth"
-    exits = ", ".join(map(str, point.exits))
-    lines.append(f"early exit: {difference}, at threshold {point.threshold:.6g}, exits {exits}")
+    lines.append(f"early exit: {difference}, at threshold {point.threshold:.6g}")
     support = point.per_class["support"]
     most = 100 * max(support) / max(1, sum(support))
     if metric == "accuracy" and point.full_depth <= most:
         lines.append(f"full depth is no better than the most frequent class ({most:.1f}): the promise is worth nothing")
     if point.threshold == 1:
         lines.append("no text leaves early: all run to the last exit")
-    elif point.share == costs[0]:
-        is_promised = point.exits[0] == 0 and point.goal.max_share is None
-        at_first = "exit 0" if point.exits[0] == 0 else "the first exit"
-        lines.append(f"all texts leave at {at_first}" + ": nothing need be sent to the model" * is_promised)
-    elif point.exits[0] == 0:
-        (taken,), _, _ = trial.judges.decide_at(trial.places, [point.threshold])
-        sent = by_text(trial.judges, taken > 0).mean()
-        if abs(sent - point.share) > 0.005:
-            lines.append(f"of 100 texts {100 * sent:.0f} are sent to the model")
+    elif not point.share:
+        lines.append("all texts leave at exit 0: nothing need be sent to the model")
     reasons = {
         "a quarter chooses the thresholds to try": trial.has_judges,
         "one text of each group judges": outputs.units is not None,
@@ -56,7 +45,7 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
     }
     why = ", ".join(reason for reason, holds in reasons.items() if holds)
     lines.append(f"{point.judging_texts:,} of {len(outputs.labels):,} validation rows judge" + f": {why}" * (why != ""))
-    return "\n".join([*lines, promise or point.in_words(len(fitted.exit_layers), fitted.set_aside)])
+    return "\n".join([*lines, promise or point.in_words(fitted.set_aside)])
 
 
 def print_choice(folder: Path, run: OwnRun) -> None:

@@ -12,33 +12,23 @@ Dimension letters: B batch, T tokens, D hidden size, N texts, n of them labelled
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from minisweet.base.commands import progress
 from minisweet.base.devices import tokens_at_once
+from minisweet.classifier.bag_of_words import minimize
 from minisweet.layers import TransformerEncoder
 from minisweet.outputs import BATCH_SIZE
-from minisweet.texts import Examples, Texts
+from minisweet.texts import Texts
 
 PRIOR_VARIANCE = 5.0  # of each weight (L2 penalty)
 STEPS = 60  # of L-BFGS
 TEMPERATURES = np.geomspace(0.5, 16, 41).tolist()  # to choose from
 
 
-def embed(encoder: TransformerEncoder, tokenizer: Tokenizer, examples: Examples) -> Tensor:
-    """The embeddings of N texts, (N, D); of pairs u, v [u, v, |u-v|, u*v], (N, 4D)."""
-    u = embed_sentences(encoder, tokenizer, examples.first)
-    if examples.second is None:
-        return u
-    v = embed_sentences(encoder, tokenizer, examples.second)
-    return torch.cat([u, v, (u - v).abs(), u * v], 1)
-
-
 @torch.inference_mode()
-def embed_sentences(encoder: TransformerEncoder, tokenizer: Tokenizer, sentences: list[str]) -> Tensor:
-    """The mean of each sentence's last hidden states, scaled to length 1: (N, D)."""
-    texts = Texts(tokenizer, Examples(sentences, None, None))
+def embed(encoder: TransformerEncoder, texts: Texts) -> Tensor:
+    """The embeddings of N texts, (N, D): the mean of each one's last hidden states, scaled to length 1."""
     device = encoder.word_embeddings.weight.device
     rows, vectors = [], []
     with progress(total=len(texts), unit="text", desc="embeddings") as bar:
@@ -59,16 +49,12 @@ def regress(vectors: Tensor, targets: Tensor) -> Tensor:
     n, C = targets.shape
     features = F.pad(vectors / vectors[:n].square().sum(1).mean().sqrt(), (0, 1), value=1.0)  # (N, D+1)
     weights = torch.zeros(features.shape[1], C, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=STEPS, history_size=10, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
-        optimizer.zero_grad()
         error = F.cross_entropy(features[:n] @ weights, targets, reduction="sum")
-        value = (error + weights.square().sum() / PRIOR_VARIANCE / 2) / n
-        value.backward()
-        return value
+        return (error + weights.square().sum() / PRIOR_VARIANCE / 2) / n
 
-    optimizer.step(loss)
+    minimize(loss, [weights], STEPS)
     return features @ weights.detach()
 
 

@@ -2,11 +2,10 @@
 
     minisweet test runs/tickets labelled.csv
 
-Also prints the precision, recall and F1 of each class, and the milliseconds per text. A text without a label counts as
+Also prints the precision, recall and F1 of each class. A text without a label counts as
 lost if early exit changes full depth's answer.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,25 +18,24 @@ from minisweet.classifier import deployed as runs
 from minisweet.classifier.deployed import Deployed, fitted_of
 from minisweet.classifier.operating_point import measure
 from minisweet.classifier.promise import METRIC_NAMES, texts_needed
-from minisweet.classifier.rows import all_columns, read_texts, text_columns
+from minisweet.classifier.rows import all_columns, read_texts, text_column
 from minisweet.classifier.split import one_of_each, units_of
 from minisweet.outputs import Outputs
 from minisweet.texts import Examples, Texts
 
 MOST_CLASSES = 20  # with more, classes are not listed
-TIMED = 64  # texts
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Test one run."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "minisweet test")
     runs.add_options(parser)
     parser.add_argument("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     deployed = runs.deployed_of(args, "texts")
     fitted = fitted_of(deployed.run.record)
     there = all_columns(args.file)
-    columns = text_columns(args.file, None, deployed.run.record.text_columns, option="")
+    column = text_column(args.file, None, deployed.run.record.text_columns, option="")
     label = next((name for name in (fitted.label_column, "label") if name in there), None)
     if label == "label" and "exit_layer" in there and "predicted_label" not in there:
         raise InputError(f"{args.file}: its column label was written by predict, should hold the true labels")
@@ -46,8 +44,7 @@ def main() -> None:
         print(f"{args.file}: no column {fitted.label_column or 'label'}, so all rows count as unlabelled")
     if fitted.group_column and not group:
         print(f"{args.file}: no column {fitted.group_column}, so each row counts by itself")
-    print_test(deployed, new_outputs(deployed, read_texts(args.file, columns, label, group), args.file, print))
-    print_milliseconds(deployed)
+    print_test(deployed, new_outputs(deployed, read_texts(args.file, column, label, group), args.file, print))
 
 
 def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Callable[[str], None]) -> Outputs:
@@ -82,14 +79,14 @@ def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Call
     texts = texts.take(np.flatnonzero(one_of_each(texts.units, texts.keys)))  # one text of each group
     if not len(texts):
         raise InputError(f"{source}: no row is left to test on; name other rows")
-    outputs = runs.ask_exits(deployed.model, deployed.bag, texts, deployed.precision, record.metric)
+    outputs = runs.ask_exits(deployed.run.model, deployed.run.bag, texts, deployed.precision)
     return outputs.by(deployed.run.point.rule)
 
 
 def print_test(deployed: Deployed, outputs: Outputs) -> None:
     """Print the measured values next to those stated, and whether the promise held."""
     point = deployed.run.point
-    measured = measure(range(len(outputs.logits)), deployed.threshold, outputs)
+    measured = measure(deployed.threshold, outputs)
     has_labels, was_labelled = ((part.labels >= 0).any() for part in (outputs, deployed.run.texts))
     print(f"\n{len(outputs.labels):,} rows, threshold {deployed.threshold:.6g}")
     print(f"{'':<26}{'here':>8}   95% interval{'stated':>15}")
@@ -99,7 +96,7 @@ def print_test(deployed: Deployed, outputs: Outputs) -> None:
         interval = "{:6.2f} to {:6.2f}".format(*ends) if ends else " " * 16
         before = f"{getattr(point, key):12.2f}" if key in ("lost", "share") or was_labelled else ""
         print(f"{title:<26}{measured[key]:8.2f}   {interval}{before}")
-    if point.goal.max_share is None and deployed.threshold == in_float32(point.threshold) < 1:
+    if deployed.threshold == in_float32(point.threshold) < 1:
         verdict = "held here"
         needed = texts_needed(point.goal)[0]
         if measured["judging_texts"] < needed:
@@ -112,18 +109,3 @@ def print_test(deployed: Deployed, outputs: Outputs) -> None:
         print(f"\n{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}")
         for name, *scores, rows in zip(deployed.labels, *measured["per_class"].values(), strict=True):
             print(f"{one_line(name, 24):<25}" + "{:10.1f}{:8.1f}{:8.1f}{:8,}".format(*scores, rows))
-
-
-def print_milliseconds(deployed: Deployed) -> None:
-    """Print the time from text to label, as deployed and at full depth: one by one and in batches."""
-    texts = deployed.run.texts.examples.texts()[:TIMED]
-    print(f"\n{f'milliseconds, {len(texts)} texts':<26}one by one  in batches")
-    for title, timed in (("as deployed", deployed), ("with all layers", deployed._replace(threshold=1.0))):
-        milliseconds = []
-        for batches in ([[text] for text in texts], [texts]):
-            for _ in range(2):  # the first time is slower, and not kept
-                started = time.perf_counter()
-                for batch in batches:
-                    runs.classify(timed, runs.tokenize(timed, batch))
-            milliseconds.append(1000 * (time.perf_counter() - started) / len(texts))
-        print(f"{title:<26}{milliseconds[0]:10.2f}{milliseconds[1]:12.2f}")

@@ -1,4 +1,4 @@
-"""A finished classifier to start from: the last exit of a run, or a classifier in the Hugging Face layout.
+"""A finished classifier to start from: the model of a run, or a classifier in the Hugging Face layout.
 
 Dimension letter: C classes.
 """
@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 from minisweet.base.files import LOG, InputError, read_json
 from minisweet.checkpoint import load_parts
-from minisweet.classifier.deployed import fitted_of
+from minisweet.classifier.deployed import fitted_of, load_run
 from minisweet.exits import MultiExitModel
-from minisweet.run import is_run, load_model, read_record
+from minisweet.run import is_run
 
 
 class Trunk(NamedTuple):
     """A finished classifier."""
 
-    model: MultiExitModel  # with its last exit alone
+    model: MultiExitModel  # with one exit, at its end
     labels: list[str]  # (C,)
     label_type: str = "str"  # this and the next three are those of a run
     trained_keys: Sequence[int] = ()
@@ -31,9 +31,7 @@ def load_trunk(folder: Path) -> Trunk:
     The labels of a classifier that is not a run are those of id2label, or LABEL_0 and LABEL_1.
     """
     if is_run(folder):
-        record = read_record(folder)
-        model = load_model(folder, record).models_alone[-1]
-        model = model.keep_exits([len(model.exit_layers) - 1])
+        record, model, *_ = load_run(folder, "model")
         fitted = fitted_of(record)
         length = record.arguments.max_length
         return Trunk(model, record.labels, fitted.label_type, record.trained_keys, fitted.trained_groups, length)
@@ -54,6 +52,6 @@ def load_trunk(folder: Path) -> Trunk:
         LOG.warning("%s: its labels have no names; write them into id2label of its config.json", folder)
     parts = load_parts(folder, num_labels=len(labels))
     encoder = parts["encoder"]
-    model = MultiExitModel(encoder, (len(encoder.layers),), len(labels), "plain")  # its pooler is the checkpoint's
+    model = MultiExitModel(encoder, (len(encoder.layers),), len(labels))  # its pooler is the checkpoint's
     model.heads[0].classifier.load_state_dict(parts["classifier"].state_dict())
     return Trunk(model.eval(), labels)

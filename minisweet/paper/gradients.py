@@ -64,15 +64,15 @@ def measure(folder: Path, batches: int, data_dir: Path) -> np.ndarray:
     return np.stack([exit_similarities(model, texts.batch(rows).to(device)) for rows in parts])
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Measure, and print and write the cosine of each pair of exits at each layer."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "minisweet gradients")
     option = parser.add_argument
     option("runs", nargs="+", type=Path, metavar="RUN", help="run of EE on one of the tasks; or several seeds of it")
     option("--batches", type=whole_number(2), default=10, help="new training batches to measure on (default: 10)")
     option("--out", type=path_to(".csv"), default=Path("gradients.csv"), help="(default: gradients.csv)")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     records = [read_record(folder) for folder in args.runs]
     alike = [replace(record.arguments, seed=0, exit_layers=record.exit_layers) for record in records]
     for folder, record, own in zip(args.runs, records, alike, strict=True):

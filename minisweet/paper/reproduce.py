@@ -146,9 +146,9 @@ class Grid:
         print(f"{args.out}: results.csv, results.md, curves.png, of {len(runs)} runs; {len(missing)} missing")
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Run what is missing of the grid, and report."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "minisweet reproduce")
     option = parser.add_argument
     glue = [task for task in TASKS if task != "toy"]
     option("--model", default="minilm-l6", help="a preset, a folder or a hub id (default: minilm-l6)")
@@ -162,7 +162,7 @@ def main() -> None:
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     option("--print", action="store_true", help="print the commands that are missing and can run now; run nothing")
     parser.add_options(TrainingOptions, *TYPED, train_size=6000, epochs=2)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if not (CLONE / "train.py").exists():
         raise InputError(f"{CLONE}: no clone of the repository, whose train.py and evaluate.py make the runs")
     args.runs = args.runs or args.out / "runs"

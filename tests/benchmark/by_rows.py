@@ -1,11 +1,10 @@
 """What to use, by how many labelled rows there are: how right it is on other rows, of three draws of the rows.
 
-    python -m tests.benchmark.by_rows --tasks list,own,sst2,qqp,cola [--rows 300,1200,6000] [--unlabelled 0,5000]
+    python -m tests.benchmark.by_rows --tasks list,own,sst2,cola [--rows 300,1200,6000] [--unlabelled 0,5000]
         [--list LIST.csv] [--own TRAIN.csv TEST.csv]
 
 Ours is what `EarlyExitClassifier().fit` makes of the rows. With --unlabelled so many further rows of the draw go
-without their labels; then these are given, ten at a time, as `to_label` asks for them. Each draw adds rows to the
-page's results.csv, and is not made again where it has them.
+without their labels. Each draw adds rows to the page's results.csv, and is not made again where it has them.
 """
 
 import argparse
@@ -23,6 +22,7 @@ from minisweet.base.commands import Parser, list_of, one_of, run_command, whole_
 from minisweet.base.files import InputError
 from minisweet.classifier.deployed import ask_exits, tokenize
 from minisweet.classifier.operating_point import classification_report
+from minisweet.classifier.promise import BOTH
 from minisweet.hub import home
 from minisweet.outputs import Outputs
 from minisweet.tasks import load_examples
@@ -32,7 +32,6 @@ from tests.benchmark.linear import RIVALS, SETFIT, TFIDF, fit_rival
 
 SMALL = "minilm-l6"
 TEST_ROWS, LIST_TEST_ROWS = 2500, 5000  # at most
-LABELS, AT_ONCE = (20, 50), 10
 GOAL, STRICT = 3, 1  # of 100 texts may be lost; the first is the default
 MOST_TO_SETFIT = 400  # labelled rows; it takes long
 
@@ -40,9 +39,8 @@ MOST_TO_SETFIT = 400  # labelled rows; it takes long
 def decide(classify: EarlyExitClassifier, outputs: Outputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The answers of full depth and of what is deployed, and what these cost: (N,) each."""
     point = classify.operating_point
-    places = [outputs.exits.layers.index(n) for n in point.exits]
-    rows = outputs._replace(logits=outputs.logits[places], exits=outputs.exits.keep_exits(places)).by(point.rule)
-    _, (answers,), (costs,) = rows.decide_at(range(len(places)), [point.threshold])
+    rows = outputs.by(point.rule)
+    _, (answers,), (costs,) = rows.decide_at(BOTH, [point.threshold])
     return rows.logits[-1].argmax(-1).numpy(), answers, costs
 
 
@@ -51,7 +49,7 @@ def measure(classify: EarlyExitClassifier, labelled: Examples, more: Examples, t
     right, C = np.array(test.labels), max(test.labels + labelled.labels) + 1
 
     def row(way: str, answers: np.ndarray, share: float, **about: object) -> dict:
-        found = {"way": way, "goal": "", "labels": "", "given": "", "score": 100 * float((answers == right).mean())}
+        found = {"way": way, "goal": "", "score": 100 * float((answers == right).mean())}
         found["macro_f1"] = float(np.mean(classification_report(answers, right, C)["f1"]))
         found |= {"share": share, "lost": ""}
         precision = "float32" if way in RIVALS else classify.record.precision.removeprefix("torch.")
@@ -62,7 +60,7 @@ def measure(classify: EarlyExitClassifier, labelled: Examples, more: Examples, t
         lost = 100 * float(((full == right) & (answers != right)).mean())
         return row("deployed", answers, float(costs.mean()), lost=lost, **about)
 
-    started, hidden, given = time.perf_counter(), dict(zip(more.texts(), more.labels, strict=True)), 0
+    started = time.perf_counter()
     classify.fit(labelled.texts(), labelled.labels, unlabelled=more.texts() or None)
     minutes, run = (time.perf_counter() - started) / 60, classify.deployed.run
     outputs = ask_exits(run.model, run.bag, tokenize(classify.deployed, test.texts()), None)
@@ -71,11 +69,6 @@ def measure(classify: EarlyExitClassifier, labelled: Examples, more: Examples, t
     for goal in (STRICT, GOAL):
         classify.choose(max_lost=goal)
         yield deployed(goal=goal)
-    for most in LABELS if hidden else ():
-        while given < most and (texts := classify.to_label(min(AT_ONCE, most - given))):
-            classify.choose(labels=(texts, [hidden[text] for text in texts]))
-            given += len(texts)
-        yield deployed(goal=GOAL, labels=most, given=given)
     for name in RIVALS if classify.model == SMALL else ():
         if name != SETFIT or (find_spec("setfit") and len(labelled.first) <= MOST_TO_SETFIT):
             started = time.perf_counter()
@@ -104,7 +97,7 @@ def main() -> None:
     """Make what is missing."""
     parser = Parser(__doc__)
     option = parser.add_argument
-    option("--tasks", type=list_of(one_of("list", "own", "sst2", "qqp", "cola")), required=True)
+    option("--tasks", type=list_of(one_of("list", "own", "sst2", "cola")), required=True)
     option("--list", type=Path)
     option("--own", type=Path, nargs=2, metavar=("TRAIN", "TEST"))
     option("--model", default=SMALL)

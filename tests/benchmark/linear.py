@@ -1,7 +1,7 @@
 """What one would use in place of ours: a logistic regression on TF-IDF, on embeddings, or on both; and SetFit.
 
 TF-IDF counts words, pairs of words, and three to five characters within words. Embeddings are MiniLM's mean-pooled last
-layer, normalised: they cost all layers. A pair of texts u, v is [u, v, |u-v|, u*v]. The regression's strength is chosen
+layer, normalised: they cost all layers. The regression's strength is chosen
 by cross-validation. SetFit fine-tunes MiniLM on 20 pairs for each row on either side, with its defaults else.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from minisweet import load_encoder
 from minisweet.classifier import teacher
 from minisweet.hub import model_folder
-from minisweet.texts import Examples, load_tokenizer
+from minisweet.texts import Examples, Texts, load_tokenizer
 
 RIVALS = (TFIDF, EMBEDDINGS, BOTH, SETFIT) = ("TF-IDF", "embeddings", "TF-IDF and embeddings", "SetFit")
 Answer = Callable[[Examples], np.ndarray]  # of other rows: (N,)
@@ -29,7 +29,8 @@ def minilm() -> tuple:
 
 def embed(texts: list[str]) -> np.ndarray:
     """Texts (N,) to normalised means of MiniLM's last hidden states: (N, D)."""
-    return teacher.embed(*minilm(), Examples(texts, None, None)).numpy()
+    encoder, tokenizer = minilm()
+    return teacher.embed(encoder, Texts(tokenizer, Examples(texts, None, None))).numpy()
 
 
 def fit_rival(name: str, train: Examples) -> Answer:
@@ -45,16 +46,16 @@ def fit_rival(name: str, train: Examples) -> Answer:
     to_vectors = embed
     if name != EMBEDDINGS:
         words, letters = TfidfVectorizer(ngram_range=(1, 2)), TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5))
-        union = FeatureUnion([("words", words), ("letters", letters)]).fit(train.first + (train.second or []))
+        union = FeatureUnion([("words", words), ("letters", letters)]).fit(train.first)
         to_vectors = union.transform
     if name == BOTH:
 
         def to_vectors(texts: list[str]):
             return sparse.hstack([union.transform(texts), embed(texts)]).tocsr()
 
-    vectors = features(train, to_vectors)
+    vectors = to_vectors(train.first)
     search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": [1, 10, 100]}, cv=3).fit(vectors, train.labels)
-    return lambda rows: search.predict(features(rows, to_vectors))
+    return lambda rows: search.predict(to_vectors(rows.first))
 
 
 def fit_setfit(train: Examples) -> Answer:
@@ -68,16 +69,3 @@ def fit_setfit(train: Examples) -> Answer:
         settings = TrainingArguments(output_dir=folder, num_iterations=20, num_epochs=1, save_strategy="no")
         Trainer(model=model, args=settings, train_dataset=rows).train()
     return lambda rows: np.array(model.predict(rows.first))
-
-
-def features(rows: Examples, to_vectors: Callable):
-    """Vectors of N texts or pairs: (N, size), an array or a sparse one."""
-    from scipy import sparse
-
-    u = to_vectors(rows.first)
-    if rows.second is None:
-        return u
-    v = to_vectors(rows.second)
-    if not sparse.issparse(u):
-        return np.hstack([u, v, abs(u - v), u * v])
-    return sparse.csr_array(sparse.hstack([u, v, abs(u - v), u.multiply(v)]))

@@ -2,15 +2,14 @@
 
     python -m tests.benchmark.promises [--draws 1000] [--write]
 
-A pool is all texts that there are: validation rows of three runs with branches. A draw takes some with replacement,
-each as one of its own. As in a run, some are set aside, all is chosen by the default goal, and labels are asked for. At
-what is deployed then, the whole pool says what comes true.
+A pool is all texts that there are: validation rows of three runs. A draw takes some with replacement, each as one of
+its own. As in a run, some are set aside, and all is chosen by the default goal. At what is deployed then, the whole
+pool says what comes true.
 
-Dimension letters: N rows, T distinct texts, U units, K exits, C classes.
+Dimension letters: N rows, T distinct texts, U units, C classes.
 """
 
 import json
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +18,7 @@ from safetensors import safe_open
 
 from minisweet.adaptive import Exits
 from minisweet.base.commands import Parser, run_command, whole_number
-from minisweet.classifier.deployed import Fitted
-from minisweet.classifier.label import rows_to_label
-from minisweet.classifier.promise import Goal, by_text, lost_texts
+from minisweet.classifier.promise import BOTH, Goal, by_text, lost_texts
 from minisweet.classifier.selection import choose
 from minisweet.classifier.split import UNLABELLED_PER_JUDGE, dealt
 from minisweet.outputs import Outputs
@@ -30,7 +27,6 @@ from tests.benchmark import CLASSIFIER, commit, write_rows
 GOAL = Goal()
 STATED = ("lost", "share", "score", "full_depth")
 HEAD = "judges broken lost layers score full_depth held_lost held_layers held_score held_full_depth".split()
-_, _, HELPFUL, ALL = GIVEN = ("", ", 20 labels by `label`", ", the 20 labels that help most", ", all labels")
 OFTEN = 50  # texts that are repeated
 
 
@@ -42,14 +38,13 @@ class Line(NamedTuple):
     labelled: int  # units that are drawn with labels
     unlabelled: int = 0  # and without
     dev_size: float = 0.2
-    given: str = ""  # of GIVEN: which labels are given on request
     combines: bool = False
     by_group: bool = True
     repeated: float = 0.0  # share of new texts that repeat some
 
 
 def set_aside(line: Line, seed: int, rng: np.random.Generator, often: np.ndarray) -> Outputs:
-    """The rows of a drawn file that are set aside. One that has no label there has -2 - its label."""
+    """The rows of a drawn file that are set aside. One that has no label there has -1."""
     pool, count, sizes = line.pool, line.labelled + line.unlabelled, np.bincount(line.pool.units)
     again, nth = rng.random(count) < line.repeated, np.arange(count)
     drawn = np.where(again, rng.choice(often, count), rng.integers(len(sizes), size=count))
@@ -63,29 +58,19 @@ def set_aside(line: Line, seed: int, rng: np.random.Generator, often: np.ndarray
     for purpose, (side, share) in sides.items():
         kept[side] = dealt(units[side], round(share * len(np.unique(units[side]))), purpose)
     keys, units, is_labelled = map(torch.from_numpy, (keys, units, is_labelled))
-    labels = file.labels.where(is_labelled, -2 - file.labels)
+    labels = file.labels.where(is_labelled, -1)
     return file._replace(labels=labels, keys=keys, units=units).take(np.flatnonzero(kept))
 
 
 def outcome(line: Line, seed: int) -> list[float]:
     """One draw: the judges; in percent whether the promise is broken, what comes true, and which intervals held."""
-    pool, labels, rng = line.pool, {}, np.random.default_rng(seed)
+    pool, rng = line.pool, np.random.default_rng(seed)
     units = (pool.units if line.by_group else pool.keys)[np.unique(pool.keys, return_index=True)[1]]  # of texts: (T,)
     sizes = np.bincount(units)  # (U,)
-    file = set_aside(line, seed, rng, often := rng.permutation(len(sizes))[:OFTEN])
-    outputs, hidden = file._replace(labels=file.labels.clamp(min=-1)), -2 - file.labels
-    if line.given:
-        fit = vars(Fitted(exit_layers=pool.exits.layers, combines=line.combines))
-        record, point = SimpleNamespace(trained_keys=[], fit=fit), SimpleNamespace(goal=GOAL, share=1.0)
-        run = SimpleNamespace(point=point, outputs=outputs, given={}, record=record)
-        rows = torch.tensor(rows_to_label(run, len(hidden))[0], dtype=torch.int64)
-        rows = rows[(file.logits[-1].argmax(-1) != hidden)[rows]] if line.given == HELPFUL else rows
-        rows = hidden >= 0 if line.given == ALL else rows[:20]
-        labels = dict(zip(file.keys[rows].tolist(), hidden[rows].tolist(), strict=True))
-    point = choose(outputs, GOAL, given=labels, combines=line.combines)
-    asked = [pool.exits.layers.index(n) for n in point.exits]
-    deployed = pool._replace(logits=pool.logits[asked], exits=pool.exits.keep_exits(asked)).by(point.rule)
-    _, (answers,), (costs,) = deployed.decide_at(range(len(asked)), [point.threshold])
+    outputs = set_aside(line, seed, rng, often := rng.permutation(len(sizes))[:OFTEN])
+    point = choose(outputs, GOAL, combines=line.combines)
+    deployed = pool.by(point.rule)
+    _, (answers,), (costs,) = deployed.decide_at(BOTH, [point.threshold])
     right = by_text(deployed, np.stack([answers, deployed.logits[-1].argmax(-1)]) == deployed.labels.numpy())
     values = 100 * np.stack([lost_texts(deployed, answers), by_text(deployed, costs), *right])  # (4, T)
     weights = np.full(len(sizes), (1 - line.repeated) / len(sizes))
@@ -107,27 +92,23 @@ def repeated_rows(pool: Outputs, rng: np.random.Generator, are_groups: bool) -> 
 
 def lines() -> list[Line]:
     """All kinds of draws."""
-    two, more, some, found = {}, {}, (300, 4700), []
+    two, some, found = {}, (300, 4700), []
     with safe_open(CLASSIFIER / "pools.safetensors", "pt") as file:
         for key, name in (("sst2", "SST-2"), ("qqp", "QQP"), ("own", "Debian-12")):
             layers, depth = json.loads(file.metadata()[key]).values()
             logits, labels = file.get_tensor(f"{key}.logits"), file.get_tensor(f"{key}.labels").long()
-            exits, texts = Exits(layers, [1 / 6 if n else 0.0 for n in layers], depth, False), torch.arange(len(labels))
-            more[name] = pool = Outputs(logits, None, labels, texts, "accuracy", exits, units=texts)  # a text a row
-            two[name] = pool._replace(logits=logits[[0, -1]], exits=exits.keep_exits([0, -1]))
+            exits, texts = Exits(layers, [0.0, 0.0], depth, False), torch.arange(len(labels))
+            two[name] = Outputs(logits, None, labels, texts, "accuracy", exits, units=texts)  # a text a row
     for name, pool in two.items():
         found += [Line(f"{name}, {n:,}", pool, n) for n in (1600, 6000)]
-        found += [Line(f"{name}, 300 and 4,700 unlabelled{given}", pool, *some, given=given) for given in GIVEN]
+        found.append(Line(f"{name}, 300 and 4,700 unlabelled", pool, *some))
     own, rng = two["Debian-12"], np.random.default_rng(0)
     rows, own_groups = (repeated_rows(own, rng, are_groups) for are_groups in (False, True))
     found.append(Line("Debian-12, 1,200 and 3,800 unlabelled", own, 1200, 3800))
-    found += [Line(f"{name}, three early exits, 1,600", pool, 1600) for name, pool in more.items()]
     say, groups = "Debian-12, exit 0 has a say, ", "Debian-12, groups, "
     found.append(Line(f"{say}1,600", own, 1600, combines=True))
-    found.append(Line(f"{say}300 and 4,700 unlabelled{ALL}", own, *some, given=ALL, combines=True))
     found.append(Line("Debian-12, several rows of a text, 1,600 texts", rows, 1600))
     found.append(Line(f"{groups}`--group-column`, 1,600 groups", own_groups, 1600))
-    found.append(Line(f"{groups}`--group-column`, 300 and 4,700 unlabelled{ALL}", own_groups, *some, given=ALL))
     found.append(Line(f"{groups}without the option, 1,600 groups", own_groups, 1600, by_group=False))
     dev_data = f"{groups}without the option, 300 by `--dev-data`"
     found.append(Line(dev_data, own_groups, 300, dev_size=1.0, by_group=False))

@@ -2,10 +2,11 @@
 
     python -m tests.benchmark.speed RUN [--turns 5] [--texts 640] [--write]
 
-RUN is a run of `minisweet fit` on single texts, with exits 0 and last. Its validation texts are answered, one by one
-and in batches of 32 of similar length (but for our file, which takes one at a time). Each side has a process of its
-own, and the sides take turns, so that a machine whose speed drifts is fair to all. Rivals, of linear.py, learn these
-very texts, and are only timed. Numbers are medians. With --write the rows of the model in speed.csv are replaced.
+RUN is a run of `minisweet fit`. Its validation texts are answered, one by one and in batches of 32 of similar length
+(but for our file, which takes one at a time). Each side has a process of its own, and the sides take turns, so that a
+machine whose speed drifts is fair to all. Rivals, of linear.py, learn these very texts, and are only timed; so is the
+model of `transformers`, public weights with a new head. Numbers are medians. With --write the rows of the model in
+speed.csv are replaced.
 """
 
 import json
@@ -25,6 +26,7 @@ from minisweet.base.commands import Parser, run_command, whole_number
 from minisweet.base.devices import device_name, processor
 from minisweet.base.files import read_json
 from minisweet.fast import tune_cpu
+from minisweet.hub import model_folder
 from minisweet.texts import Examples, special_tokens
 from tests.benchmark import CHECKOUT, CLASSIFIER, commit, read_rows, write_rows
 from tests.benchmark.linear import RIVALS, SETFIT, fit_rival
@@ -59,12 +61,13 @@ def ours(texts: str, batch: int, run: str, amp: str, threshold: float | None) ->
     )
 
 
-def theirs(texts: str, batch: int, folder: str, bf16: bool) -> Callable[[], list]:
+def theirs(texts: str, batch: int, folder: str, classes: int, words: str, bf16: bool) -> Callable[[], list]:
     """The full model by `transformers`."""
     import transformers
 
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    model, tokenizer = model.bfloat16() if bf16 else model, transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes).eval()
+    model = model.bfloat16() if bf16 else model
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=words, pad_token="[PAD]")
 
     @torch.inference_mode()
     def answer(part: list[str]) -> list:
@@ -80,12 +83,13 @@ def rival(texts: str, batch: int, name: str, rows: str) -> Callable[[], list]:
     return in_batches(texts, batch, lambda part: [(n, None) for n in answer(Examples(part, None, None)).tolist()])
 
 
-def export_theirs(plain: str, file: str, int8: str) -> None:
+def export_theirs(folder: str, classes: int, file: str, int8: str) -> None:
     """Write the model of `transformers` as ONNX files, in the exporter's and the quantizer's usual way."""
     import transformers
     from onnxruntime.quantization import quantize_dynamic
 
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(plain, attn_implementation="eager").eval()
+    options = {"num_labels": classes, "attn_implementation": "eager"}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **options).eval()
     names, sizes = ("input_ids", "attention_mask", "token_type_ids"), dict.fromkeys((0, 1), torch.export.Dim.AUTO)
     names = names[:2] if model.config.model_type == "mpnet" else names  # which reads no token types
     inputs, shapes = {name: torch.ones(2, 8, dtype=torch.int64) for name in names}, dict.fromkeys(names, sizes)
@@ -118,11 +122,11 @@ def sides_of(run: Path, place: Path) -> dict[tuple[str, str], tuple]:
     pad = special_tokens(tokenizer)[2]
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
     tokenizer.save(f"{place}/words")
-    classify.export(f"{place}/plain")
-    export_theirs(f"{place}/plain", f"{place}/theirs-float32.onnx", f"{place}/theirs-int8.onnx")
+    public = str(model_folder(classify.model).resolve()), len(classify.classes_)
+    export_theirs(*public, f"{place}/theirs-float32.onnx", f"{place}/theirs-int8.onnx")
     sides = {("float32", name): (HERE, "rival", (name, f"{place}/rows")) for name in RIVALS if name != SETFIT}
     for kind, amp in list({"float32": "off", "bfloat16": "bf16"}.items())[: 1 + processor()[1]]:
-        sides[kind, "transformers"] = HERE, "theirs", (f"{place}/plain", kind == "bfloat16")
+        sides[kind, "transformers"] = HERE, "theirs", (*public, f"{place}/words", kind == "bfloat16")
         for point in ("full depth", "deployed"):
             sides[kind, f"our classifier, {point}"] = HERE, "ours", (str(run), amp, POINTS[point])
     for kind in ("float32", "int8"):
@@ -162,7 +166,7 @@ def main() -> None:
                 row = {"model": model, "texts": record["task"], "precision": key[0], "side": key[1]}
                 row |= {"one_by_one": "", "in_batches": "", "score": f"{100 * statistics.mean(right):.1f}"}
                 row |= {"share": f"{share:.2f}"} | about
-                if key[1] in RIVALS:  # which has learnt these very texts
+                if key[1] in (*RIVALS, "transformers", "ONNX Runtime"):  # learnt these very texts, or none
                     row |= {"score": "", "share": ""}
                 row = found.setdefault(key, row)
                 row[setting] = f"{1000 * seconds / len(rows):.2f}"

@@ -32,15 +32,14 @@ PAPERS |= {PAIRS[2]: "+3.6 +1.1 +0.3 +1.2 above below"}
 OF_LTE, SIGNS = "+4.0 +1.9 -1.5 -1.2 above equal", {"above": 1, "below": -1, "equal": 0}
 CLAIMS = [(PAIRS[0], 0), (PAIRS[0], 1), (PAIRS[0], 3), (PAIRS[0], 4), (PAIRS[1], 0), (PAIRS[2], 0)]  # README's
 # Of the classifier's page: lists of texts; the rows of its first table, by list, labelled and unlabelled rows.
-LISTS = {"list": "Debian-20", "own": "Debian-12", "sst2": "SST-2", "qqp": "question pairs", "cola": "CoLA"}
-ROWS = [("list", 400, 30000), ("own", 300, 4700), ("qqp", 300, 5000), ("list", 1200, 0), ("own", 1200, 3800)]
+LISTS = {"list": "Debian-20", "own": "Debian-12", "sst2": "SST-2", "cola": "CoLA"}
+ROWS = [("list", 400, 30000), ("own", 300, 4700), ("list", 1200, 0), ("own", 1200, 3800)]
 ROWS += [("list", 4000, 0), ("list", 4000, 30000), ("own", 5000, 0)]
 ALONE = {"most frequent class": "0", "exit 0": "0", "TF-IDF": "0", "embeddings": "1", "full depth": "1"}  # layers
 OURS = [("full depth", "full model", "our classifier, full depth")]
 OURS += [("deployed", "bag of words, then model", "our classifier, deployed")]
-BEHIND = ("exit 0 and the model", "exit 0, a branch and the model")
 # What the picture of the promise writes in place of a name of the draws.
-CLEARER = {"exit 0 has a say": "with exit 0's logits", "20 labels by label": "20 labels asked for by label"}
+CLEARER = {"exit 0 has a say": "with exit 0's logits"}
 
 
 def table(head: list, rows: list[list]) -> str:
@@ -198,15 +197,15 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
 
 
 def by_rows() -> dict[str, str]:
-    """Ways by the number of rows, labels, what is lost, and README's table."""
+    """Ways by the number of rows, what is lost, and README's table."""
     found, keys = defaultdict(list), {}
     for row in read_rows(CLASSIFIER / "results.csv"):
         key = row["texts"], int(row["labelled"]), int(row["unlabelled"])
-        found[row["model"], key, row["way"], row["goal"], row["labels"]].append(row)
+        found[row["model"], key, row["way"], row["goal"]].append(row)
         keys[row["model"], key] = f"{LISTS[key[0]]}, {key[1]:,}" + (f" and {key[2]:,} unlabelled" if key[2] else "")
 
-    def show(column: str, key: tuple, way: str, labels="", model=SMALL, spread=False) -> str:
-        of_way = found[model, key, way, "3" if way == "deployed" else "", labels]
+    def show(column: str, key: tuple, way: str, model=SMALL, spread=False) -> str:
+        of_way = found[model, key, way, "3" if way == "deployed" else ""]
         values = [float(row[column]) * (100 if column == "share" else 1) for row in of_way if row[column]]
         text = "".join(cells(np.array(values), deviation=True))
         return text if spread else text.partition(" ")[0]
@@ -214,21 +213,19 @@ def by_rows() -> dict[str, str]:
     def both(key: tuple, way: str) -> str:
         return f"{show('score', key, way)} / {show('macro_f1', key, way)}"
 
-    def outcome(key: tuple, labels: str = "", model: str = SMALL) -> list[str]:
+    def outcome(key: tuple, model: str) -> list[str]:
         ways = [("lost", "deployed"), ("share", "deployed"), ("score", "deployed"), ("score", "full depth")]
-        return [show(name, key, way, labels if way == "deployed" else "", model, spread=True) for name, way in ways]
+        return [show(name, key, way, model, spread=True) for name, way in ways]
 
-    main, labels, readme = [], [], []
+    main, readme = [], []
     for key in ROWS:
         best = max(RIVALS, key=lambda way, key=key: float(show("score", key, way) or 0))
         name, texts = keys[SMALL, key], [f"{best} {both(key, best)}", both(key, "full depth"), both(key, "deployed")]
         gap = round(float(show("score", key, best)) - float(show("score", key, "deployed")), 1)  # points of accuracy
         advice = "early exit" if gap <= 0.5 else f"{best}; early exit only for speed" if gap < 1 else best
         main.append([name, *texts, show("share", key, "deployed"), advice])
-        if found[SMALL, key, "deployed", "3", "50"] and key[1] < 4000:
-            labels += [[name, "0", *outcome(key)], ["", "50", *outcome(key, "50")]]
     shown = [(model, key) for model, key in sorted(keys) if model == DEEP or not key[2]]
-    lost = [[f"{keys[model, key]}, {model}", *outcome(key, model=model)] for model, key in shown]
+    lost = [[f"{keys[model, key]}, {model}", *outcome(key, model)] for model, key in shown]
     timed = [row for row in read_rows(CLASSIFIER / "speed.csv") if row["texts"] == "debian"]
     speeds = {row["side"]: row["one_by_one"] for row in timed if row["precision"] == "float32"}
     for way, title, side in [(way, way, way) for way in RIVALS[:3]] + OURS:
@@ -237,7 +234,6 @@ def by_rows() -> dict[str, str]:
     first, last = "texts, labelled rows", ["lost of 100", "layers run, %", "early exit", "full model"]
     return {
         "which way": table([first, "best rival", "full model", "early exit", "layers run, %", "recommended"], main),
-        "labels": table([first, "labels requested", *last], labels),
         "lost": table([first, *last], [row for row in lost if row[2][:5] != "100.0"]),
         "own text": table(["way", "accuracy", "sent to the model, %", "ms per text"], readme),
     }
@@ -248,20 +244,15 @@ def bag_of_words() -> dict[str, str]:
     found = defaultdict(list)
     for row in read_rows(CLASSIFIER / "bag_of_words.csv"):
         found[row["model"], row["task"], row["way"], row["share"]].append(float(row["score"]))
-    tasks, deep = ("sst2", "mrpc", "qqp", "qnli", "cola"), ("sst2", "mrpc", "cola", "own")
-    shares = "1/6", "1/3", "1/2", "1"
+    tasks, shares = ("sst2", "mrpc", "qqp", "qnli", "cola"), ("1/6", "1/3", "1/2", "1")
     alone = [[way, *(f"{np.mean(found[SMALL, task, way, n]):.1f}" for task in tasks)] for way, n in ALONE.items()]
-    means, gains = [], []
-    for way in (*BEHIND, "EE", "SWEET", "MM"):
+    means = []
+    for way in ("exit 0 and the model", "EE", "SWEET", "MM"):
         of_tasks = [[np.mean(found[SMALL, task, way, share]) for task in tasks[:4]] for share in shares]
         means.append([way, *(f"{np.mean(values):.1f}" for values in of_tasks)])
-    for share in shares[:3]:
-        ours, theirs = (np.array([found[DEEP, task, way, share] for task in deep]) for way in BEHIND[::-1])
-        gains.append([share, *cells((ours - theirs).T, sign="+")])
     return {
         "alone": table(["", *map(named, tasks)], alone),
         "at shares": table(["", *shares], means),
-        "a branch": table(["share of the layers", *map(named, deep)], gains),
     }
 
 
