@@ -55,10 +55,10 @@ def default_batch_size(config: Config) -> int:
 
 
 def default_learning_rate(config: Config, task: str, method: str) -> float:
-    """The paper's learning rate if it has one (Table 2), or else 2e-4 up to a hidden size of 512, and 5e-5 above."""
+    """The paper's learning rate if it has one (Table 2), or else 1e-4 up to a hidden size of 512, and 5e-5 above."""
     rates = TABLE_2.get((config.model_type, config.hidden_size, config.num_hidden_layers))
     if rates is None or task not in TABLE_2_TASKS:
-        return 2e-4 if config.hidden_size <= SMALL else 5e-5
+        return 1e-4 if config.hidden_size <= SMALL else 5e-5
     return rates[method][TABLE_2_TASKS.index(task)] / 1e5
 
 

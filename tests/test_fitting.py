@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minisweet import EarlyExitClassifier, load_encoder, training
+from minisweet import EarlyExitClassifier, load_encoder
 from minisweet.base.files import InputError, read_json, write_json
 from minisweet.classifier import choose, fit
 from minisweet.classifier import test as test_command
@@ -28,7 +28,7 @@ from minisweet.classifier.rows import Columns
 from minisweet.classifier.teacher import embed, ensemble, regress
 from minisweet.classifier.trunk import load_trunk
 from minisweet.run import load_model, read_record
-from minisweet.texts import Examples
+from minisweet.texts import Examples, Texts
 from tests import conftest
 from tests.conftest import OWN, opinions, random_batch, write_classifier, write_model, write_rows
 
@@ -111,12 +111,12 @@ def test_epochs_follow_from_what_is_learned(command, monkeypatch):
     monkeypatch.setattr(fit, "MOST_AGAIN", 400)
     steps, titles, options = [], [], "--model tiny --max-length 32 --batch-size 4 --out run".split()
 
-    def record(model, batches, count: int, *_, title: str) -> list:
-        steps.append(count)
+    def record(model, texts: Texts, epochs: int, batch_size: int, *_, title: str) -> list:
+        steps.append(epochs * len(texts) // batch_size)
         titles.append(title)
         return []
 
-    monkeypatch.setattr(training, "fine_tune", record)
+    monkeypatch.setattr(fit, "fine_tune", record)
     status, _, err = command(fit, *"own.csv --unlabelled more.csv --unlabelled most.csv".split(), *options)
     assert (status, f"{sum(steps):,} steps, lr" in err) == (0, True), err
     assert titles == ["fine-tuning", "learning from its own answers"]

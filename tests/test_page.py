@@ -75,7 +75,7 @@ class Case:
         rng = np.random.default_rng(0)
         self.labels = rng.integers(0, 3, N)
         logits = torch.from_numpy(rng.normal(size=(2, N, 3)) + 3 * np.eye(3)[self.labels]).float()
-        exits = Exits([0, DEPTH], [0.0, 0.0], DEPTH, False)
+        exits = Exits([0, DEPTH], DEPTH)
         self.outputs = Outputs(logits, None, torch.from_numpy(self.labels), torch.arange(N), "accuracy", exits)
         self.point = OperatingPoint(threshold=0.7123, temperatures=[1.0, 0.5], weights=[0.0, 0.4], **STATED)
         self.confidence = self.point.rule.confidences(logits)  # (2, N)

@@ -25,14 +25,14 @@ def random_validation(seed: int, N: int, metric="accuracy") -> Outputs:
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(2, N, 2, generator=generator) * 2).round()
     labels = torch.randint(0, 2, (N,), generator=generator) if metric != "agreement" else torch.full((N,), -1)
-    exits = Exits([0, 6], [0, 0], 6, False)
+    exits = Exits([0, 6], 6)
     return Outputs(logits, None, labels, torch.randperm(10 * N, generator=generator)[:N], metric, exits)
 
 
 def two_exits(sure, early, full, labels) -> Outputs:
     """Exits 0 and 6 by what they answer, and how sure the first one is of it: (N,) each, of two classes."""
     logits = np.stack([np.log(sure / (1 - sure))[:, None] * np.eye(2)[early], 2 * np.eye(2)[full]])
-    keys, exits = np.random.default_rng(0).permutation(len(labels)), Exits([0, 6], [0, 0], 6, False)
+    keys, exits = np.random.default_rng(0).permutation(len(labels)), Exits([0, 6], 6)
     logits, labels, keys = torch.from_numpy(logits).float(), torch.as_tensor(labels), torch.from_numpy(keys)
     return Outputs(logits, None, labels, keys, "accuracy", exits)
 
@@ -161,7 +161,7 @@ def test_without_a_label_full_depth_may_be_wrong_and_the_interval_says_so():
 
 @pytest.mark.parametrize("N", [800, 160])
 def test_where_exit_0_has_a_say_full_depth_is_everywhere_the_rules(N):
-    rng, labels, exits = np.random.default_rng(13), torch.arange(N) % 3, Exits([0, 6], [0, 0], 6, False)
+    rng, labels, exits = np.random.default_rng(13), torch.arange(N) % 3, Exits([0, 6], 6)
     logits = torch.from_numpy(rng.normal(size=(2, N, 3)) + 1.5 * np.eye(3)[labels]).float()
     rows = Outputs(logits, None, labels, torch.from_numpy(rng.permutation(N)), "accuracy", exits)
     point, judges = choose(rows, GOAL, combines=True), rows.take(choosers_and_judges(rows)[1])

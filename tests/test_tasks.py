@@ -174,7 +174,7 @@ def test_a_data_set_in_glues_layout_is_trained_on_and_evaluated(command, tmp_pat
     write_model(tmp_path / "tiny", "bert")
     words = "--model tiny --data-dir . --task own --exit-layers 1,2,4 --max-length 32 --amp off --out run".split()
     status, _, err = command(train, *words)
-    assert "lr 0.0002, epochs 5, seed 0, " in err
+    assert "lr 0.0001, epochs 5, seed 0, " in err
     assert (status, "own: 2 of 2 rows to train on, 2 to validate\nrows without text or label, sk" in err) == (0, True)
     record = read_record(Path("run"))
     assert (record.task, record.labels, record.text_columns) == ("own", ["no", "yes"], columns)

@@ -84,7 +84,7 @@ def test_a_run_tells_what_made_it(command, model_dir, method):
     torch.save(load_file(weights), model_dir / "pytorch_model.bin")
     weights.unlink()  # it is made of the other at its first use
     status, _, err = command(train, *quick(model_dir, *options))
-    assert (status, "lr 0.0002" in err) == (0, True)
+    assert (status, "lr 0.0001" in err) == (0, True)
     record = read_json(Path(f"runs/tiny-{method}-toy-seed3/run.json"))
     assert len(record["subset"]) == 48 == len(set(record["subset"]))
     steps, exits = zip(*map(np.shape, record["losses"].values()), strict=True)

@@ -97,7 +97,7 @@ def lines() -> list[Line]:
         for key, name in (("sst2", "SST-2"), ("qqp", "QQP"), ("own", "Debian-12")):
             layers, depth = json.loads(file.metadata()[key]).values()
             logits, labels = file.get_tensor(f"{key}.logits"), file.get_tensor(f"{key}.labels").long()
-            exits, texts = Exits(layers, [0.0, 0.0], depth, False), torch.arange(len(labels))
+            exits, texts = Exits(layers, depth), torch.arange(len(labels))
             two[name] = Outputs(logits, None, labels, texts, "accuracy", exits, units=texts)  # a text a row
     for name, pool in two.items():
         found += [Line(f"{name}, {n:,}", pool, n) for n in (1600, 6000)]
