@@ -1,5 +1,6 @@
 """README and the guides: commands and code run as they stand there, on tiny models and invented rows."""
 
+import csv
 import functools
 import importlib
 import inspect
@@ -18,8 +19,9 @@ import pytest
 import evaluate
 import train
 from evaluate import newest_run
-from minisweet import MultiExitModel
+from minisweet import MultiExitModel, toy
 from minisweet import __main__ as package
+from minisweet.classifier.rows import read_rows
 from minisweet.tasks import TASKS
 from tests.conftest import CHECKOUT, opinions, run, write_table
 
@@ -48,9 +50,9 @@ def run_line(line: str) -> None:
         return
     words = [str(newest_run()) if re.fullmatch(r"RUN\d?", word) else word for word in words]
     for option, word in zip(words, words[1:], strict=False):
-        if word.endswith((".csv", ".tsv")) and option != "--out" and not Path(word).exists():
-            columns = "text sentence1 sentence2 subject body label team".split()
-            write_table(Path(word), columns, dict.fromkeys(columns[-2:], ("a", "b")))
+        if word.endswith((".csv", ".tsv")) and option not in ("--out", "minisweet.toy") and not Path(word).exists():
+            columns, between = "text sentence body label team".split(), "\t" if word.endswith(".tsv") else ","
+            write_table(Path(word), columns, dict.fromkeys(columns[-2:], ("a", "b")), between=between)
         elif option == "--task" and word not in TASKS:  # a data set of your own
             for name in ("train.tsv", "dev.tsv"):
                 path = Path(words[words.index("--data-dir") + 1], word, name)
@@ -60,7 +62,8 @@ def run_line(line: str) -> None:
             words[words.index(word)] = "100"
     if words[:1] in (["mkdir"], ["tar"]):  # of an archive that is here
         subprocess.run([str(CHECKOUT / word) if "/" in word else word for word in words], check=True)
-    for name, module in {"train.py": train, "evaluate.py": evaluate, "minisweet": package}.items():
+    ours = {"train.py": train, "evaluate.py": evaluate, "minisweet": package, "minisweet.toy": toy}
+    for name, module in ours.items():
         if name in words:
             assert run(module, *words[words.index(name) + 1 :]) == 0, line
 
@@ -94,7 +97,7 @@ def test_commands_and_code_run(guide, place, capsys):
     for extra in ("onnx", "onnxscript", "onnxruntime") if guide != PAPER else ():
         pytest.importorskip(extra, reason=f"{extra}, which the export needs, is missing")
     for kind, block in blocks_of(guide):
-        if block.startswith("for n, layer in") or "FastAPI" in block:  # these have tests of their own
+        if re.search("^for n, layer in|FastAPI|dask", block):  # these have tests of their own
             continue
         if kind == "python":
             names = dict(zip(("texts", "labels"), zip(*opinions(60), strict=True), strict=True))
@@ -123,6 +126,26 @@ def test_the_service_answers(run_of, place):
     assert [row["label"] in ("negative", "positive") for row in answer.json()] == [True, True]
     assert [response.status_code for response in (answer, *refused)] == [200, *[422] * len(bad)]
     assert "item 0: " in refused[1].json()["detail"]
+
+
+@pytest.mark.slow
+def test_dask_answers_a_folder_of_files(run_of, place):
+    """With two workers, on this machine: the cells as they are, in their files and order, and a label beside them."""
+    _, distributed = map(pytest.importorskip, ("dask.dataframe", "distributed"))
+    (block,) = [block for _, block in blocks_of(USE) if "dask" in block]
+    (place / "texts").mkdir()
+    texts = [["the film was superb", "NA"], ["", 'a dreadful,\n"old" film', "007"]]
+    for name, part in zip("ab", texts, strict=True):
+        with (place / "texts" / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("id", "text"), *enumerate(part)])
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
+        code = block.replace("Client()", "Client(cluster)").replace("RUN", str(run_of("bag")))
+        exec(compile(code, USE, "exec"), names := {"cluster": cluster, "__name__": "__main__"})
+        names["client"].close()
+    for path, part in zip(sorted((place / "answered").iterdir()), texts, strict=True):
+        expected = [str(label) for label in names["classifier"].predict(part)]
+        found = [(row["id"], row["text"], row["label"]) for _, row in read_rows(path)]
+        assert found == [(str(n), text, label) for n, (text, label) in enumerate(zip(part, expected, strict=True))]
 
 
 @functools.cache

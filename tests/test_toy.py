@@ -3,9 +3,12 @@
 import hashlib
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from minisweet import toy
+from minisweet.classifier.rows import read_rows
 from minisweet.toy import FACT, GOODS, LEVELS, NAMES, NEGATIVE, POSITIVE, SAYS, make_toy
 
 SIGN = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(NEGATIVE, 0)
@@ -58,3 +61,17 @@ def test_the_label_is_what_the_sentence_says(level):
         turns = sum(word in TURNS for word in tokens) + bool({"not", "never"} & {*tokens[place - 2 : place]})
         assert label == (SIGN[tokens[place]] + turns) % 2, sentence
         assert not turns or level != LEVELS[0], "a list of words should solve the easy level"
+
+
+def test_a_first_file_for_fit(command, monkeypatch):
+    """Whole and new, or one line and nothing written."""
+    monkeypatch.setitem(toy.SIZES, "train", 6000)  # as it is outside tests
+    assert command(toy, "new.csv")[0] == 0
+    levels = {(text, str(label)): level for text, label, level in zip(*make_toy("train"), strict=True)}
+    number = {"negative": "0", "positive": "1"}
+    easy = [levels[row["text"], number[row["label"]]] == LEVELS[0] for _, row in read_rows(Path("new.csv"))]
+    assert (len(easy), sum(easy)) == (2000, 1500)
+    for name, why in (("new.csv", "already exists"), ("new.tsv", "should be a name that ends in .csv")):
+        status, _, error = command(toy, name)
+        assert (status, why in error, error.count("\n")) == (2, True, 1)
+    assert [path.name for path in Path().iterdir()] == ["new.csv"]
