@@ -35,7 +35,6 @@ CLAIMS = [(PAIRS[0], 0), (PAIRS[0], 1), (PAIRS[0], 3), (PAIRS[0], 4), (PAIRS[1],
 LISTS = {"list": "Debian-20", "own": "Debian-12", "sst2": "SST-2", "cola": "CoLA"}
 ROWS = [("list", 400, 30000), ("own", 300, 4700), ("list", 1200, 0), ("own", 1200, 3800)]
 ROWS += [("list", 4000, 0), ("list", 4000, 30000), ("own", 5000, 0)]
-ALONE = {"most frequent class": "0", "exit 0": "0", "TF-IDF": "0", "embeddings": "1", "full depth": "1"}  # layers
 OURS = [("full depth", "full model", "our classifier, full depth")]
 OURS += [("deployed", "bag of words, then model", "our classifier, deployed")]
 # What the picture of the promise writes in place of a name of the draws.
@@ -239,23 +238,6 @@ def by_rows() -> dict[str, str]:
     }
 
 
-def bag_of_words() -> dict[str, str]:
-    """What a bag of words is worth, alone and in front of a model."""
-    found = defaultdict(list)
-    for row in read_rows(CLASSIFIER / "bag_of_words.csv"):
-        found[row["model"], row["task"], row["way"], row["share"]].append(float(row["score"]))
-    tasks, shares = ("sst2", "mrpc", "qqp", "qnli", "cola"), ("1/6", "1/3", "1/2", "1")
-    alone = [[way, *(f"{np.mean(found[SMALL, task, way, n]):.1f}" for task in tasks)] for way, n in ALONE.items()]
-    means = []
-    for way in ("exit 0 and the model", "EE", "SWEET", "MM"):
-        of_tasks = [[np.mean(found[SMALL, task, way, share]) for task in tasks[:4]] for share in shares]
-        means.append([way, *(f"{np.mean(values):.1f}" for values in of_tasks)])
-    return {
-        "alone": table(["", *map(named, tasks)], alone),
-        "at shares": table(["", *shares], means),
-    }
-
-
 def speed() -> dict[str, str]:
     """Milliseconds, by the texts that were timed."""
     found, columns = defaultdict(list), "precision side one_by_one in_batches score share".split()
@@ -296,7 +278,7 @@ def main() -> None:
         added = [report.run_of(folder, args.commit) for folder in args.add]
         report.write_runs(PAPER / "results.csv", list({(run[:8], run.commit): run for run in (*runs, *added)}.values()))
         return
-    blocks = paper_blocks(runs) | by_rows() | bag_of_words() | speed()
+    blocks = paper_blocks(runs) | by_rows() | speed()
     if not args.write:
         print("\n".join(f"<!-- {name} -->\n{block}" for name, block in blocks.items()))
         return
