@@ -92,6 +92,7 @@ def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str 
     model = load_model(folder, record).to(place)
     outputs = ask_all(model, texts, choose_precision(amp, place), record.metric)
     check_finite(outputs, folder)
+    assert record.id is not None  # a run that diverged has no model to load
     write_outputs(folder / LOGITS, outputs, record.id)
     seconds = round(time.perf_counter() - start, 2)
 
@@ -138,6 +139,7 @@ def predict(folder: Path, file: Path, threshold: float, device: str = "auto", am
     place = choose_device(device)
     precision = choose_precision(amp, place)
     tokenizer, model = load_run_tokenizer(folder, record), load_model(folder, record).to(place)
+    assert record.id is not None  # as in `evaluate`
     try:
         outputs = read_outputs(folder / LOGITS, record.id)
     except InputError:  # not evaluated yet, or other weights were

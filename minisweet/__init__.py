@@ -16,6 +16,7 @@ For your own text (see `help(EarlyExitClassifier)`):
 """
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -32,7 +33,7 @@ _MODULES = {
 __all__ = list(_MODULES)
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'minisweet' has no attribute {name!r}")
     return getattr(importlib.import_module(f"minisweet.{_MODULES[name]}"), name)

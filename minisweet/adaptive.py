@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minisweet.exits import ExitModel
+
 
 class ExitRule:
     """How confident each exit is: its highest probability, or the certainty that it has learned (Sec. 5).
@@ -41,7 +43,7 @@ class ExitRule:
 
     def confidence(self, k: int, calibrated: Tensor, certainty: Tensor | None) -> Tensor:
         """Exit k's confidence (n,) in float32, from calibrated logits (n, C) or, if there is one, certainty (n,)."""
-        if certainty is None:
+        if certainty is None or self.ranges is None:
             return calibrated.softmax(-1).amax(-1)
         low, high = self.ranges[k]
         return ((certainty.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
@@ -108,6 +110,6 @@ class Exits(NamedTuple):
         return self._replace(layers=[self.layers[k] for k in places])
 
 
-def exits_of(model) -> Exits:
+def exits_of(model: ExitModel) -> Exits:
     """The exits of an `ExitModel`."""
     return Exits(list(model.exit_layers), model.models_alone[-1].encoder.depth, add_up=model.method == "mm")

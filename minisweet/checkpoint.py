@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -61,8 +61,13 @@ CLASSIFIERS = {
 }
 # Tensors with these prefixes are dropped if the model has no such parameter: heads of pre-training and of tasks, a
 # buffer that counts 0, 1, 2, ..., and DeBERTa's absolute positions, which only pre-training used.
-DROPPED = ("cls.", "lm_head.", "lm_predictions.", "mask_predictions.", "classifier.", "qa_outputs.")
+DROPPED: tuple[str, ...] = ("cls.", "lm_head.", "lm_predictions.", "mask_predictions.", "classifier.", "qa_outputs.")
 DROPPED += ("embeddings.position_ids", "embeddings.position_embeddings.")
+Made = TypeVar("Made", bound=nn.Module)
+
+
+class Parts(nn.ModuleDict):
+    encoder: TransformerEncoder  # beside it the pooler and the classifier, nn.Linear, if they are loaded
 
 
 def public_name(name: str, model_type: str) -> str:
@@ -123,12 +128,12 @@ def load_encoder(
     state dict of the checkpoint's pooler, from which exit heads start, or None. Raises InputError if there are fewer
     layers, or if a file is missing, unreadable, not implemented, or does not fit the others.
     """
-    encoder = load_parts(Path(folder), num_layers)["encoder"].eval()
+    encoder = load_parts(Path(folder), num_layers).encoder.eval()
     encoder.config = replace(encoder.config, pooling=pooling or encoder.config.pooling)
     return encoder
 
 
-def load_parts(folder: Path, num_layers: int | None = None, num_labels: int = 0) -> nn.ModuleDict:
+def load_parts(folder: Path, num_layers: int | None = None, num_labels: int = 0) -> Parts:
     """Load the encoder, the checkpoint's pooler if there is one, and the classifier if `num_labels` is not 0."""
     config, slices = read_config(folder), open_weights(folder)
     model_type, D, depth = config.model_type, config.hidden_size, config.num_hidden_layers
@@ -141,9 +146,9 @@ def load_parts(folder: Path, num_layers: int | None = None, num_labels: int = 0)
         poolers = [name for name in (heads["pooler"], "pooler.dense") if f"{name}.weight" in slices]
         heads = {"pooler": poolers[0]} if poolers else {}
 
-    def make() -> nn.ModuleDict:
+    def make() -> Parts:
         sizes = {"pooler": D, "classifier": num_labels}
-        return nn.ModuleDict({"encoder": new_encoder(config, L)} | {part: nn.Linear(D, sizes[part]) for part in heads})
+        return Parts({"encoder": new_encoder(config, L)} | {part: nn.Linear(D, sizes[part]) for part in heads})
 
     def to_public(name: str) -> str:
         part, _, rest = name.partition(".")
@@ -154,7 +159,7 @@ def load_parts(folder: Path, num_layers: int | None = None, num_labels: int = 0)
     dropped += [f"encoder.layer.{n}." for n in range(L, depth)]
     parts = load_strict(folder / WEIGHTS, make, to_public, dropped)
     if heads:
-        parts["encoder"].pooler_start = parts["pooler"].state_dict()
+        parts.encoder.pooler_start = parts["pooler"].state_dict()
     return parts
 
 
@@ -187,8 +192,8 @@ def open_weights(folder: Path) -> dict:
 
 
 def load_strict(
-    path: Path, make: Callable[[], nn.Module], to_public: Callable[[str], str] = str, dropped: Sequence[str] = ()
-) -> nn.Module:
+    path: Path, make: Callable[[], Made], to_public: Callable[[str], str] = str, dropped: Sequence[str] = ()
+) -> Made:
     """Make a module in float32 and load the tensors of a file, each of which must be used or dropped.
 
     Args:

@@ -28,6 +28,7 @@ class Config:
     num_attention_heads: int = size()
     intermediate_size: int = size()
     max_position_embeddings: int = size()
+    type_vocab_size: int = size()
     hidden_dropout_prob: float = share(0.1)
     attention_probs_dropout_prob: float = share(0.1)
     layer_norm_eps: float = share(1e-12)
@@ -49,6 +50,16 @@ class Config:
             raise ValueError(f"hidden_size is {D}, should be a multiple of num_attention_heads, {H}")
 
     @property
+    def pooler_hidden_act(self) -> str:
+        """The activation of an exit's pooler."""
+        return "tanh"
+
+    @property
+    def pooler_dropout(self) -> float:
+        """The dropout probability before an exit's pooler."""
+        return 0.0
+
+    @property
     def head_dropout(self) -> float:
         """The dropout probability between an exit's pooler and its classifier."""
         own = getattr(self, "classifier_dropout" if self.model_type == "bert" else "cls_dropout", None)
@@ -64,12 +75,9 @@ class Config:
 class BertConfig(Config):
     """The config of a BERT encoder."""
 
-    type_vocab_size: int = size()
     classifier_dropout: float | None = share(None)
     position_embedding_type: Literal["absolute"] = "absolute"
     model_type: ClassVar[str] = "bert"
-    pooler_hidden_act: ClassVar[str] = "tanh"
-    pooler_dropout: ClassVar[float] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +109,6 @@ class MPNetConfig(Config):
     type_vocab_size: Literal[0] = 0
     first_position: ClassVar[int] = 2  # 0 and 1 are for padding
     model_type: ClassVar[str] = "mpnet"
-    pooler_hidden_act: ClassVar[str] = "tanh"
 
     @property
     def pooler_dropout(self) -> float:

@@ -84,7 +84,7 @@ class DebertaEncoder(TransformerEncoder):
 
     def context(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """The bias of the scores (B, 1, 1, T) and the relative positions (2T, D), from a mask (B, T)."""
-        T, k = attention_mask.shape[1], self.config.relative_span
+        T, k = attention_mask.shape[1], self.relative_table.num_embeddings // 2
         # T tokens have 2T - 1 distances. One more, which is never read, makes the rows of skew() 2T long.
         distance = T - 1 - torch.arange(2 * T, device=attention_mask.device)
         table = self.relative_table.weight

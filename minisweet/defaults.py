@@ -1,11 +1,10 @@
 """The defaults that depend on the model and the task: exits, what they read, batch size, learning rate, epochs."""
 
-from dataclasses import replace
 from math import ceil
 
 from minisweet.base.files import InputError
 from minisweet.config import Config
-from minisweet.options import TrainingOptions
+from minisweet.options import Resolved, TrainingOptions
 from minisweet.tasks import Task
 
 # Table 2 of the paper, in 1e-5: the rates with the largest area under the curve, by model type, hidden size and depth.
@@ -19,7 +18,7 @@ TABLE_2 = {
 SMALL = 512  # models up to this hidden size need larger rates, such as MiniLM with 384
 
 
-def resolve(options: TrainingOptions, config: Config, name: str, task: Task, rows: int) -> TrainingOptions:
+def resolve(options: TrainingOptions, config: Config, name: str, task: Task, rows: int) -> Resolved:
     """Fill in the defaults that depend on the model, and on the task, its name and its number of training rows.
 
     Raises InputError if the model cannot have these exits.
@@ -31,14 +30,14 @@ def resolve(options: TrainingOptions, config: Config, name: str, task: Task, row
         raise InputError(f"{typed}, should increase and end at one of the layers 1 to {depth}", "exit_layers")
     rates_of = options.method if len(layers) > 1 else "mm"  # with one exit all methods train like a model of MM
     batch_size = options.batch_size or default_batch_size(config)
-    return replace(
-        options,
-        exit_layers=layers,
-        pooling=options.pooling or config.pooling,
-        batch_size=batch_size,
-        lr=options.lr or default_learning_rate(config, name, rates_of),
-        epochs=options.epochs or max(task.epochs, ceil(task.steps / ceil(rows / batch_size))),
-    )
+    filled = {
+        "exit_layers": layers,
+        "pooling": options.pooling or config.pooling,
+        "batch_size": batch_size,
+        "lr": options.lr or default_learning_rate(config, name, rates_of),
+        "epochs": options.epochs or max(task.epochs, ceil(task.steps / ceil(rows / batch_size))),
+    }
+    return Resolved(**vars(options) | filled)
 
 
 def default_exit_layers(depth: int) -> list[int]:

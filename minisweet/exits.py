@@ -28,7 +28,8 @@ MPNet the mean of their tokens (`Config.pooling`).
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ class ExitHead(nn.Module):
         config, D = encoder.config, encoder.config.hidden_size
         self.pooler_dropout = Dropout(config.pooler_dropout)
         self.pooler = nn.Linear(D, D)
-        self.activation = {"tanh": torch.tanh, "gelu": F.gelu}[config.pooler_hidden_act]
+        self.activation: Callable[[Tensor], Tensor] = torch.tanh if config.pooler_hidden_act == "tanh" else F.gelu
         self.dropout = Dropout(config.head_dropout)
         self.classifier = nn.Linear(D, num_labels)
         draw_weights(self, config.initializer_range)
@@ -213,13 +214,13 @@ class MultiModel(ExitModel):
     @property
     def models_alone(self) -> list[MultiExitModel]:
         """The models, the smallest first."""
-        return list(self.models)
+        return cast(list[MultiExitModel], list(self.models))
 
     def exit_by_exit(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> ExitOutputs:
         """As `ExitModel.exit_by_exit`: each model answers before the next one runs."""
         input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
-        for model in self.models:
+        for model in self.models_alone:
             stay = yield next(model.exit_by_exit(input_ids, mask, token_type_ids))
             mask, input_ids, token_type_ids = rows_that_stay(stay, mask, input_ids, token_type_ids)

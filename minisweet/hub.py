@@ -97,9 +97,9 @@ def _from_hub(repository: str, folder: Path) -> None:
     LOG.info("fetching %s from %s", repository, constants.ENDPOINT)
     # One quick request first: snapshot_download retries an unreachable hub for minutes.
     info = HfApi().model_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    weights = WEIGHTS if WEIGHTS in {file.rfilename for file in info.siblings} else PICKLED
+    weights = WEIGHTS if WEIGHTS in {file.rfilename for file in info.siblings or ()} else PICKLED
     for names in (["config.json", POOLING], TOKENIZER_FILES, [weights]):
-        snapshot_download(repository, revision=info.sha, local_dir=folder, allow_patterns=names)
+        snapshot_download(repository, revision=info.sha, local_dir=folder, allow_patterns=list(names))
         config = read_config(folder)
         if names is TOKENIZER_FILES:
             load_tokenizer(folder, config.vocab_size, config.max_tokens)

@@ -1,6 +1,7 @@
 """The options for training. defaults.py fills in those that are left open."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from minisweet.base.commands import Options, list_of, name_of, one_of, option, positive_number, whole_number
 from minisweet.base.devices import AMP_CHOICES, AMP_HELP
@@ -34,3 +35,13 @@ class TrainingOptions(Options):
     max_length: int = option(256, whole_number(8), "tokens; longer texts are cut")
     device: str = option("auto", name_of, "auto, cpu, cuda or cuda:N")
     amp: str = option("auto", one_of(*AMP_CHOICES), AMP_HELP)
+
+
+class Resolved(TrainingOptions):
+    """The options once `resolve` (defaults.py) has filled in those that were left open."""
+
+    exit_layers: list[int]
+    pooling: Literal["cls", "mean"]
+    lr: float
+    epochs: int
+    batch_size: int

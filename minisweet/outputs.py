@@ -38,13 +38,13 @@ class Outputs(NamedTuple):
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "Outputs":
         """The outputs for some texts (n,)."""
-        rows = torch.as_tensor(rows, dtype=torch.int64)
+        places = torch.as_tensor(rows, dtype=torch.int64)
         return self._replace(
-            logits=self.logits[:, rows],
-            certainty=None if self.certainty is None else self.certainty[:, rows],
-            labels=self.labels[rows],
-            keys=self.keys[rows],
-            units=None if self.units is None else self.units[rows],
+            logits=self.logits[:, places],
+            certainty=None if self.certainty is None else self.certainty[:, places],
+            labels=self.labels[places],
+            keys=self.keys[places],
+            units=None if self.units is None else self.units[places],
         )
 
     def by(self, rule: ExitRule) -> "Outputs":
@@ -142,8 +142,9 @@ def write_outputs(path: Path, outputs: Outputs, run_id: str) -> None:
 def read_outputs(path: Path, run_id: str) -> Outputs:
     """Read outputs from a file. Raises InputError as `read_tensors` does."""
     tensors, facts = read_tensors(path, run_id)
-    exits = Exits(*json.loads(facts["exits"]))
-    return Outputs(**{"certainty": None} | tensors, metric=facts["metric"], exits=exits, precision=facts["precision"])
+    exits, certainty = Exits(*json.loads(facts["exits"])), tensors.pop("certainty", None)
+    metric, precision = facts["metric"], facts["precision"]
+    return Outputs(certainty=certainty, metric=metric, exits=exits, precision=precision, **tensors)
 
 
 def read_tensors(path: Path, run_id: str) -> tuple[dict[str, Tensor], dict[str, str]]:

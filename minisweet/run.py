@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import safe_open
 from safetensors.torch import save
@@ -94,24 +94,20 @@ def check_output(out: Path, overwrite: bool) -> None:
 def save_run(
     out: Path,
     record: Record,
-    model: ExitModel | None = None,
-    tokenizer: Tokenizer | None = None,
-    validation: Examples | None = None,
+    model: ExitModel,
+    tokenizer: Tokenizer,
+    validation: Examples,
     add_files: Callable[[Path], None] | None = None,
     overwrite: bool = True,
 ) -> None:
     """Write a run to a folder, whole or not at all. A run that is there is replaced, or refused without `overwrite`.
 
-    If training diverged there is no model, and the record alone is written, unless there are weights already.
-    `add_files(folder)` writes more files into the folder.
+    The record holds the id of the weights. `add_files(folder)` writes more files into the folder.
     """
-    if model is None and (out / WEIGHTS).exists():
-        return
+    assert record.id is not None
     with written_beside(out, overwrite) as folder:
         folder.mkdir()
         write_json(folder / RECORD, asdict(record))
-        if model is None:
-            return
         (folder / WEIGHTS).write_bytes(save(model.state_dict(), {"id": record.id}))
         config = model.models_alone[-1].encoder.config
         content = asdict(config) | {"num_hidden_layers": record.depth}
@@ -123,12 +119,21 @@ def save_run(
             add_files(folder)
 
 
+def save_diverged(out: Path, record: Record, overwrite: bool = True) -> None:
+    """Write the record alone of a training that diverged, unless there are weights already."""
+    if not (out / WEIGHTS).exists():
+        with written_beside(out, overwrite) as folder:
+            folder.mkdir()
+            write_json(folder / RECORD, asdict(record))
+
+
 def rows_of(examples: Examples, labels: list[str]) -> list[dict]:
     """The rows of validation.jsonl. The label of a row without one is null."""
-    columns = {"text" if examples.second is None else "sentence1": examples.first, "sentence2": examples.second}
+    first = "text" if examples.second is None else "sentence1"
+    columns: dict[str, Any] = {first: examples.first, "sentence2": examples.second}
     columns |= {"difficulty": examples.difficulties, "group": examples.groups}
     names = [*labels, None]  # index -1 is None: no label
-    columns["label"] = [names[label] for label in examples.labels]
+    columns["label"] = [names[label] for label in examples.labels or ()]
     columns = {name: values for name, values in columns.items() if values}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -189,11 +194,9 @@ def read_validation(folder: Path, record: Record) -> Examples:
     try:
         with (folder / VALIDATION).open(encoding="utf-8", newline="\n") as file:
             rows = [json.loads(line) for line in file]
-        first, second, difficulties, groups = (
-            [row[name] for row in rows] if name in rows[0] else None
-            for name in ("text" if "text" in rows[0] else "sentence1", "sentence2", "difficulty", "group")
-        )
-        labels = [numbers[row["label"]] for row in rows]
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        first = columns["text" if "text" in columns else "sentence1"]
+        labels = [numbers[label] for label in columns["label"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{folder / VALIDATION}: not readable ({error!r:.200})") from None
-    return Examples(first, second, labels, difficulties, groups=groups)
+    return Examples(first, columns.get("sentence2"), labels, columns.get("difficulty"), groups=columns.get("group"))

@@ -6,7 +6,7 @@ default it is trained for two epochs or the paper's 750 steps, whichever is more
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from minisweet.base.files import InputError, preview
 from minisweet.texts import Examples, read_cells, read_lines
@@ -23,7 +23,7 @@ class Task(NamedTuple):
     numbered: bool = True  # the files hold a label's index, not its name
     header: tuple[str, ...] | None = None  # the names of all columns, where the files have no header line
     files: tuple[str, str] = ("train.tsv", "dev.tsv")
-    metric: str = "accuracy"  # or "matthews"
+    metric: Literal["accuracy", "matthews"] = "accuracy"
     epochs: int = 2  # by default, as in the paper
     steps: int = 0  # by default, as many epochs as make these steps, if `epochs` make fewer
 

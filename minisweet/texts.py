@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -41,9 +41,10 @@ class Examples(NamedTuple):
         first, *second = [list(side) for side in zip(*rows, strict=True)]
         return cls(first, second[0] if second else None, labels, empty=empty)
 
-    def take(self, rows: Sequence[int]) -> "Examples":
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Examples":
         """Some of the rows."""
-        return Examples(*(None if values is None else [values[row] for row in rows] for values in self[:-1]))
+        lists = {name: values for name, values in self._asdict().items() if name != "empty" and values is not None}
+        return self._replace(**{name: [values[row] for row in rows] for name, values in lists.items()}, empty=0)
 
     def texts(self) -> list:
         """The sentence of each row, or its pair of sentences."""
@@ -51,7 +52,8 @@ class Examples(NamedTuple):
 
     def digest(self) -> str:
         """The SHA-256 of texts and labels, in hexadecimal."""
-        rows = zip(self.texts(), self.labels or [None] * len(self.first), strict=True)
+        labels: Sequence[int | None] = self.labels or [None] * len(self.first)
+        rows = zip(self.texts(), labels, strict=True)
         return hashlib.sha256(b"".join(json.dumps(row).encode() + b"\n" for row in rows)).hexdigest()
 
 
@@ -143,8 +145,8 @@ def special_tokens(tokenizer: Tokenizer) -> tuple[str, str, str, str]:
 
 
 def special_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids of `special_tokens`."""
-    return list(map(tokenizer.token_to_id, special_tokens(tokenizer)))
+    """The ids of `special_tokens`, all of which a tokenizer of `load_tokenizer` has."""
+    return [cast(int, tokenizer.token_to_id(token)) for token in special_tokens(tokenizer)]
 
 
 class Batch(NamedTuple):
@@ -154,7 +156,7 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T): 1 for tokens, 0 for padding
     token_type_ids: Tensor  # (B, T): 1 in the second sentence
-    targets: Tensor | None = None  # (B,) labels, or (B, C) probabilities in float32
+    targets: Tensor  # (B,) labels, -1 without one, or (B, C) probabilities in float32
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +165,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        return Batch(*(tensor.to(device) for tensor in self if tensor is not None))
+        return Batch(*(tensor.to(device) for tensor in self))
 
 
 class Texts:
@@ -177,15 +179,16 @@ class Texts:
         keys: (N,), 64-bit hashes of the ids. Two texts have equal keys if they only differ in what the tokenizer drops,
             such as upper case, or the end of a long text. Their order is as good as random.
         labels: (N,), the classes, -1 for a row without a label.
-        targets: what is learned: labels (N,), probabilities (N, C), or None.
+        targets: what is learned: labels (N,) or probabilities (N, C).
         units: (N,), keys too; set and read by classifier/ alone, where several texts can form a unit.
     """
 
     def __init__(self, tokenizer: Tokenizer, examples: Examples) -> None:
         self.examples, self.pad_id = examples, special_ids(tokenizer)[2]
         self.labels = np.array(examples.labels or [-1] * len(examples.first), dtype=np.int64)
-        self.targets = None if examples.labels is None else self.labels
+        self.targets = self.labels
         self.ids, first_lengths, is_cut, digests = [], [], [], []
+        assert tokenizer.truncation is not None  # `load_tokenizer` has set it
         most = CHARACTERS * tokenizer.truncation["max_length"]
         sides = [side for side in (examples.first, examples.second) if side is not None]
         for start in range(0, len(examples.first), CHUNK):
@@ -196,7 +199,7 @@ class Texts:
                 self.ids.append(np.array(encoding.ids))  # [CLS] A [SEP] B [SEP]
                 first_lengths.append(encoding.type_ids.count(0))
                 is_cut.append(len(encoding.overflowing) > 0 or max(map(len, row)) > most)
-                digests.append(hashlib.sha256(self.ids[-1].astype("<i8")).digest()[:8])
+                digests.append(hashlib.sha256(self.ids[-1].astype("<i8").tobytes()).digest()[:8])
         self.lengths = np.array([len(ids) for ids in self.ids], dtype=int)
         self.first_lengths = np.array(first_lengths, dtype=int)
         self.is_cut = np.array(is_cut, dtype=bool)
@@ -223,8 +226,7 @@ class Texts:
         input_ids = np.full(mask.shape, self.pad_id)
         input_ids[mask] = np.concatenate([self.ids[row] for row in rows])
         token_types = mask & (positions >= self.first_lengths[rows, None])
-        arrays = [rows, input_ids, mask.astype(np.int64), token_types.astype(np.int64)]
-        arrays += [] if self.targets is None else [self.targets[rows]]
+        arrays = rows, input_ids, mask.astype(np.int64), token_types.astype(np.int64), self.targets[rows]
         return Batch(*map(torch.from_numpy, arrays))
 
     def shuffled(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:

@@ -53,7 +53,7 @@ def make_toy(split: str) -> tuple[list[str], list[int], list[str]]:
     rng = random.Random(SEEDS[split])
     rows = []
     for level, share in zip(LEVELS, SHARES[split], strict=True):
-        sentences = {}
+        sentences: dict[str, int] = {}
         size = SIZES[split] * share // 20
         while len(sentences) < size:
             group = _make_group(level, GOODS[split], NAMES[split], rng)
@@ -61,7 +61,7 @@ def make_toy(split: str) -> tuple[list[str], list[int], list[str]]:
                 sentences |= group
         rows += [(sentence, label, level) for sentence, label in list(sentences.items())[:size]]
     rng.shuffle(rows)
-    return tuple(list(column) for column in zip(*rows, strict=True))
+    return [text for text, _, _ in rows], [label for _, label, _ in rows], [level for _, _, level in rows]
 
 
 def _make_group(level: str, goods: list[str], names: list[str], rng: random.Random) -> dict[str, int]:

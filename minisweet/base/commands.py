@@ -17,7 +17,7 @@ from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -28,24 +28,25 @@ Made = TypeVar("Made", bound="Options")
 BARS: ContextVar[dict | None] = ContextVar("bars", default=None)  # settings of progress bars
 
 
-def progress(*args, **options) -> tqdm:
+def progress(*args: Any, **options: Any) -> tqdm:
     """A progress bar on standard error, if that is a terminal, or as BARS says."""
     return tqdm(*args, **(BARS.get() or {"disable": None}), **options)
 
 
-def notices() -> logging.Handler:
+class Notices(logging.Handler):
     """A handler that writes each notice as one line, above a progress bar."""
-    handler = logging.Handler()
-    handler.emit = lambda record: tqdm.write(one_line(record.getMessage()), file=sys.stderr)
-    return handler
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(one_line(record.getMessage()), file=sys.stderr)
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True)
+class Kind:
     """The values that an option takes. It serves as the type of an argparse argument."""
 
     words: str  # for messages: "should be ..."
     read: Callable[[str], object]  # of the text that was typed
-    is_right: Callable[[object], bool]
+    is_right: Callable[[Any], bool]
 
     def __call__(self, text: str) -> object:
         with suppress(ValueError):
@@ -127,14 +128,14 @@ class Parser(argparse.ArgumentParser):
 
         `defaults` replace those of the kind in this command.
         """
-        group = next((group for group in self._action_groups if group.title == title), None)
-        group = group or (self.add_argument_group(title) if title else self)
+        groups = {group.title: group for group in self._action_groups}
+        add = (groups.get(title) or self.add_argument_group(title)).add_argument if title else self.add_argument
         for item in fields(kind):
             if not names or item.name in names:
                 default = defaults.get(item.name, item.default)
                 about = item.metadata["help"] + ("" if default is None else f" (default: {default})")
                 typed = f"--{item.name.replace('_', '-')}"
-                group.add_argument(typed, type=item.metadata["kind"], default=default, help=about)
+                add(typed, type=item.metadata["kind"], default=default, help=about)
 
     def make(self, kind: type[Made], args: argparse.Namespace, **values: object) -> Made:
         """The options of a kind, as typed or as given in `values`."""
@@ -158,7 +159,7 @@ def run_command(main: Callable[[], None], prog: str | None = None) -> None:
     closed, as after `| head`, the command ends silently with 141.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    LOG.handlers = [notices()]  # only commands do this: a program that imports minisweet configures logging itself
+    LOG.handlers = [Notices()]  # only commands do this: a program that imports minisweet configures logging itself
     LOG.setLevel(logging.INFO)
     try:
         main()

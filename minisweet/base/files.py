@@ -112,7 +112,7 @@ def read_dataclass(kind: type, path: Path | str, content: dict | None = None) ->
 
     Keys that are not fields are ignored. Raises InputError for missing keys and for values of a wrong type.
     """
-    content = read_json(path) if content is None else content
+    content = read_json(Path(path)) if content is None else content
     types = get_type_hints(kind)
     values = {}
     for field in fields(kind):
@@ -122,7 +122,7 @@ def read_dataclass(kind: type, path: Path | str, content: dict | None = None) ->
                 raise InputError(f"{path}: {name} is missing")
             continue
         values[name] = value = content[name]
-        if is_dataclass(wanted) and isinstance(value, dict):
+        if isinstance(wanted, type) and is_dataclass(wanted) and isinstance(value, dict):
             values[name] = read_dataclass(wanted, f"{path}: {name}", value)
         elif not _fits(value, wanted):
             noun = formatannotation(wanted).replace("Literal", "one of ")
@@ -133,7 +133,7 @@ def read_dataclass(kind: type, path: Path | str, content: dict | None = None) ->
         raise InputError(f"{path}: {error}") from None
 
 
-def _fits(value: object, kind: Any) -> bool:
+def _fits(value: Any, kind: Any) -> bool:
     """Whether a JSON value, and everything that it contains, has the type of a field. NaN is not a float."""
     if isinstance(kind, UnionType):  # X | None
         return any(_fits(value, part) for part in get_args(kind))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from minisweet.adaptive import in_float32
-from minisweet.base.commands import BARS, Kind, notices
+from minisweet.base.commands import BARS, Kind, Notices
 from minisweet.base.files import LOG, InputError
 from minisweet.classifier import deployed as runs
 from minisweet.classifier.deployed import Answer, Deployed, deploy, fitted_of
@@ -34,7 +34,7 @@ VERBOSE = Kind("a whole number from 0", int, lambda value: isinstance(value, int
 @contextmanager
 def telling(verbose: int) -> Iterator[None]:
     """Write notices and progress bars to standard error if `verbose`, and otherwise no progress bar."""
-    handler = notices()
+    handler = Notices()
     level = LOG.level
     bars = BARS.set({"mininterval": 0.1 if sys.stderr.isatty() else 10} if verbose else {"disable": True})  # seconds
     if verbose:

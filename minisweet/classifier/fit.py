@@ -50,7 +50,7 @@ from minisweet.exits import ExitModel, MultiExitModel
 from minisweet.hub import model_folder
 from minisweet.options import TrainingOptions
 from minisweet.outputs import ask_all
-from minisweet.run import Record, check_output, save_run, versions, weights_id
+from minisweet.run import Record, check_output, save_diverged, versions, weights_id
 from minisweet.texts import Examples, Texts, load_tokenizer, special_ids
 from minisweet.training import fine_tune
 
@@ -276,7 +276,7 @@ class Training:
         except FloatingPointError as error:
             step = error.args[0]
             if self.out:
-                save_run(self.out, replace(self.record, diverged=step))
+                save_diverged(self.out, replace(self.record, diverged=step))
             message = f"at {options.lr:g} the loss became infinite or NaN at step {step}; try a lower one"
             raise InputError(message, "lr") from None
         self.losses[name] = np.round(losses, 5).tolist()

@@ -32,7 +32,7 @@ from minisweet.texts import Batch, Texts
 
 def exit_similarities(model: MultiExitModel, batch: Batch) -> np.ndarray:
     """Compare all exits' gradients on one batch: (M, K, K), NaN where an exit sends a matrix no gradient."""
-    matrices = [model.encoder.layers[n - 1].output.weight for n in model.exit_layers[:-1]]
+    matrices = [model.encoder.get_parameter(f"layers.{n - 1}.output.weight") for n in model.exit_layers[:-1]]
     losses = [exit_loss(*answer, batch.targets) for answer in model.exit_by_exit(*batch.inputs)]
     gradients = [torch.autograd.grad(loss, matrices, retain_graph=True, allow_unused=True) for loss in losses]
     similarity = np.full((len(matrices), len(losses), len(losses)), np.nan)
@@ -47,19 +47,19 @@ def measure(folder: Path, batches: int, data_dir: Path) -> np.ndarray:
     """Compare the exits' gradients on some batches of rows that a run has not seen: (batches, M, K, K)."""
     record = read_record(folder)
     options, size = record.arguments, record.arguments.batch_size
-    if options.method != "ee" or len(record.exit_layers) < 2 or record.task not in TASKS or record.fit:
+    if options.method != "ee" or not size or len(record.exit_layers) < 2 or record.task not in TASKS or record.fit:
         layers = ",".join(map(str, record.exit_layers))
         found = f"a run of {options.method} on {record.task}, exits after layers {layers}"
         raise InputError(f"{folder}: {found}; should be of ee on a task, with two exits or more")
     fetch_task(record.task, data_dir)
     rows = load_examples(record.task, "train", data_dir)
     device = choose_device("auto")
-    order = np.random.default_rng(options.seed).permutation(len(rows.labels))
+    order = np.random.default_rng(options.seed).permutation(len(rows.first))
     unseen = order[~np.isin(order, record.subset)]
     if len(unseen) < batches * size:
         raise InputError(f"--batches: {batches} of {size} rows, and {record.task} has {len(unseen)} other rows")
     texts = Texts(load_run_tokenizer(folder, record), rows.take(unseen[: batches * size].tolist()))
-    model = load_model(folder, record).to(device)  # in evaluation mode: no dropout
+    (model,) = load_model(folder, record).to(device).models_alone  # in evaluation mode: no dropout
     parts = np.arange(len(texts)).reshape(-1, size)
     return np.stack([exit_similarities(model, texts.batch(rows).to(device)) for rows in parts])
 

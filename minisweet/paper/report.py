@@ -98,7 +98,7 @@ def run_of(folder: Path, commit: str = "") -> Run:
     key = [options[name] for name in ("method", "exit_strategy", "train_size", "lr", "seed")]
     key = [Path(os.path.realpath(options["model"])).name, record["task"], *key, options.get("pooling") or "cls"]
     precision = record["precision"].removeprefix("torch.")
-    return Run(*key, exits, shares, area, constant, precision, record["seconds"], commit)
+    return Run._make([*key, exits, shares, area, constant, precision, record["seconds"], commit])
 
 
 def read_runs(path: Path) -> list[Run]:
@@ -110,7 +110,7 @@ def read_runs(path: Path) -> list[Run]:
             area, constant, precision, seconds, commit = (row[name] for name in LAST)
             key = *texts, int(size), float(rate), int(seed), pooling
             last = float(area), float(constant), precision, float(seconds or "nan"), commit
-            run = runs.setdefault((key, commit), Run(*key, {}, {}, *last))
+            run = runs.setdefault((key, commit), Run._make([*key, {}, {}, *last]))
             if row["exit"]:
                 run.exits[int(row["exit"])] = float(row["score"]), int(row["classes"])
             elif row["share"]:
@@ -152,7 +152,7 @@ def counted(runs: Sequence[Run], seeds: Sequence[int]) -> dict[int, Run]:
 def best_rate(runs: Sequence[Run], seed: int) -> float | None:
     """The rate with the largest area on a seed, of the runs of a task and method (App. A); None where none has one."""
     areas = {run.rate: run.area for run in runs if run.seed == seed and not np.isnan(run.area)}
-    return max(areas, key=areas.get, default=None)
+    return max(areas, key=areas.__getitem__, default=None)
 
 
 def common_seeds(chosen: Chosen, tasks: Sequence[str], of: Sequence[str]) -> list[int]:

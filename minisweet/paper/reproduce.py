@@ -85,14 +85,14 @@ class Grid:
 
         Empty until the search is complete.
         """
-        searched = [self.run(slot) for slot in self.search(pair)]
+        searched = [run for slot in self.search(pair) if (run := self.run(slot))]
         seeds = self.args.seeds
-        if None in searched or (rate := report.best_rate(searched, seeds[0])) is None:
+        if len(searched) < len(self.args.lrs) or (rate := report.best_rate(searched, seeds[0])) is None:
             return []
         slots = [Slot(*pair, rate, seed) for seed in [*seeds, *range(max(seeds) + 1, max(seeds) + 1 + FURTHER)]]
         for count in range(len(seeds), len(slots)):
-            runs = [self.run(slot) for slot in slots[:count]]
-            if None in runs or sum(run.converged for run in runs) >= len(seeds):
+            runs = [run for slot in slots[:count] if (run := self.run(slot))]
+            if len(runs) < count or sum(run.converged for run in runs) >= len(seeds):
                 return slots[:count]
         return slots
 
