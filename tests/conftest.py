@@ -266,17 +266,19 @@ def in_folder(folder: Path):
         yield
 
 
-def run(module, *arguments) -> int:
-    """Call a module's main() with these arguments, as a command; returns its exit status."""
-    room, _, name = module.__name__.rpartition(".")
+def run(command, *arguments) -> int:
+    """Call a module's main(), or a command of own text, with these arguments; returns its exit status."""
+    room, _, name = command.__name__.rpartition(".")
     words = list(map(str, arguments))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *words])
         try:
-            if room.startswith("minisweet."):
-                run_command(lambda: module.main(words), f"minisweet {name}")
+            if callable(command):
+                run_command(lambda: command(words), f"minisweet {name}")
+            elif room.startswith("minisweet."):
+                run_command(lambda: command.main(words), f"minisweet {name}")
             else:
-                run_command(module.main)
+                run_command(command.main)
         except SystemExit as stopped:
             return stopped.code
     return 0
@@ -364,7 +366,7 @@ def run_of(tmp_path_factory):
     """
     import evaluate
     import train
-    from minisweet.classifier import fit
+    from minisweet.classifier.main import fit
 
     folder = tmp_path_factory.mktemp("runs")
     model = write_model_of_words(folder / "tiny")
@@ -406,7 +408,7 @@ def write_rows(path: Path, rows: list[tuple], *columns: str) -> Path:
 @pytest.fixture(scope="session")
 def own_run(tmp_path_factory) -> Path:
     """What `minisweet fit` makes of own.csv and more.csv, which lie beside it, with the model `tiny`, and new.csv."""
-    from minisweet.classifier import fit
+    from minisweet.classifier.main import fit
 
     folder = tmp_path_factory.mktemp("own")
     write_model_of_words(folder / "tiny")

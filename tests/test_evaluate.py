@@ -30,7 +30,7 @@ def copied(run_of, tmp_path):
 def test_folds_take_turns_and_each_is_decided_by_the_rule_of_the_others():
     logits = torch.randn(3, 103, 3, generator=torch.Generator().manual_seed(5)).mul(2).round()  # with many ties
     logits[0, :, 0] = 7  # the first exit predicts one class
-    labels, keys, exits = torch.arange(103) % 3, torch.arange(103) * 7 % 103, Exits([1, 2, 4], [0, 0, 0], 4, False)
+    labels, keys, exits = torch.arange(103) % 3, torch.arange(103) * 7 % 103, Exits([1, 2, 4], 4)
     outputs = Outputs(logits, None, labels, keys, "accuracy", exits)
     thresholds, folds = spaced_thresholds(7, 1 / 3), crossfit(outputs)
     assert sorted(np.concatenate([rows for _, rows in folds])) == list(range(103))
@@ -80,7 +80,7 @@ def test_new_texts_are_answered_as_the_sweep_decides(copied, command, monkeypatc
     confidence = rule.confidences(outputs.logits, outputs.certainty)  # (K, N)
     sure = confidence[0].unique()
     threshold = float(sure[len(sure) // 2 : len(sure) // 2 + 2].mean())  # between two, so that about half leave
-    (taken,), (labels,), _ = outputs.decide_at(range(3), [threshold], rule)
+    (taken,), (labels,), _ = outputs.decide([threshold], rule)
     assert len({*taken}) > 1
     Path("new.tsv").write_text("note\tsentence\n" + "".join(f"\t{text}\n" for text in [*rows.first, " "]) + "\n")
     words = folder, "--predict", "new.tsv", "--threshold", threshold

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from minisweet.__main__ import COMMANDS
+from minisweet.__main__ import COMMANDS, OWN_TEXT
 from minisweet.base.files import read_json, write_json
 from tests.conftest import in_folder, opinions, run, write_model, write_rows
 
-MODULES = COMMANDS | {"train": "train", "evaluate": "evaluate"}
+MODULES = COMMANDS | {"train": ("train", ""), "evaluate": ("evaluate", "")}
 TRAIN = "--model tiny --out new --train-size 48 --epochs 1 --max-length 32"  # and then the bad words
 FIT = "--model tiny --out new --epochs 1 --max-length 32"
 OLD = {"evaluate": "", "choose": "", "predict": "own.csv", "test": "own.csv", "explain": "a", "export": "--onnx a.onnx"}
@@ -73,7 +73,7 @@ REFUSALS = [
         (command, f"ee {words}", "ee: a run of train.py, which is evaluated by: python evaluate.py ee")
         for command, words in list(OLD.items())[1:]
     ],
-    ("predict", "no-point own.csv", "no-point: has no operating.json; first: minisweet choose no-point"),
+    ("predict", "no-point own.csv", "no-point/operating.json: not readable as JSON"),
     ("test", "bag own.csv", "own.csv: no row has a label of the model's: "),
     ("test", "bag bag/validation.jsonl", "bag/validation.jsonl: no row is left to test on; name other rows"),
     ("predict", "bag own.csv --out own.csv", "--out: own.csv is the input"),
@@ -117,7 +117,9 @@ def place(tmp_path_factory, run_of) -> Path:
 def test_bad_input_is_one_line_and_status_2(place, capsys, command, words, expected):
     before = sorted(place.rglob("*"))
     with in_folder(place):
-        status = run(importlib.import_module(MODULES[command]), *shlex.split(words))
+        module, name = MODULES[command]
+        module = importlib.import_module(module)
+        status = run(getattr(module, name) if command in OWN_TEXT else module, *shlex.split(words))
     err = capsys.readouterr().err
     assert (status, "Traceback" in err) == (2, False), err
     *told, line = err.splitlines()  # what is told before is of the files
