@@ -19,8 +19,8 @@ from minisweet.base.commands import Parser, run_command
 from minisweet.fast import tune_cpu
 
 OWN_TEXT = ("fit", "choose", "test", "predict", "explain", "export")
-COMMANDS = {name: ("minisweet.classifier.main", name) for name in OWN_TEXT}  # a module, and the function to call
-COMMANDS |= {name: (f"minisweet.paper.{name}", "main") for name in ("reproduce", "gradients")}
+COMMANDS = {name: f"minisweet.classifier.main:{name}" for name in OWN_TEXT}  # a module, and a function other than main
+COMMANDS |= {name: f"minisweet.paper.{name}" for name in ("reproduce", "gradients")}
 
 
 def main() -> None:
@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument("command", choices=COMMANDS)
     command = parser.parse_args(sys.argv[1:2]).command
     tune_cpu()
-    module, name = COMMANDS[command]
-    call = getattr(importlib.import_module(module), name)
+    module, _, name = COMMANDS[command].partition(":")
+    call = getattr(importlib.import_module(module), name or "main")
     run_command(lambda: call(sys.argv[2:]), f"minisweet {command}")
 
 

@@ -1,6 +1,7 @@
 """What several tests use: tiny models with random weights, a way to run commands, and one finished run per method."""
 
 import functools
+import importlib
 import json
 import os
 import runpy
@@ -282,6 +283,12 @@ def run(command, *arguments) -> int:
         except SystemExit as stopped:
             return stopped.code
     return 0
+
+
+def command_of(path: str):
+    """What `run` takes, from a value of COMMANDS: a module, or a function in it."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name) if name else importlib.import_module(module)
 
 
 @pytest.fixture

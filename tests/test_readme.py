@@ -1,7 +1,6 @@
 """README and the guides: commands and code run as they stand there, on tiny models and invented rows."""
 
 import functools
-import importlib
 import inspect
 import io
 import re
@@ -21,7 +20,7 @@ from evaluate import newest_run
 from minisweet import MultiExitModel
 from minisweet import __main__ as package
 from minisweet.tasks import TASKS
-from tests.conftest import CHECKOUT, opinions, run, write_table
+from tests.conftest import CHECKOUT, command_of, opinions, run, write_table
 
 README, USE, PAPER = "README.md", "minisweet/classifier/README.md", "minisweet/paper/README.md"
 PLACES = ("*.md", "weights/*.md", "minisweet/**/*.md")
@@ -127,9 +126,9 @@ def test_the_service_answers(run_of, place):
 
 @functools.cache
 def options_of(module: str) -> set[str]:
-    """The options of the command that a module is, by its help."""
+    """The options of a command, by its help."""
     with redirect_stdout(io.StringIO()) as told:
-        run(importlib.import_module(module), "--help")
+        run(command_of(module), "--help")
     return set(re.findall(r"^  (?:-h, )?(--[\w-]+)", told.getvalue(), re.MULTILINE))
 
 

@@ -4,7 +4,6 @@ One table for all commands. Each row is a command, its words, and what its line 
 raises the error, and stands in that room's section. `place` makes the files that the words name.
 """
 
-import importlib
 import os
 import shlex
 import shutil
@@ -12,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from minisweet.__main__ import COMMANDS, OWN_TEXT
+from minisweet.__main__ import COMMANDS
 from minisweet.base.files import read_json, write_json
-from tests.conftest import in_folder, opinions, run, write_model, write_rows
+from tests.conftest import command_of, in_folder, opinions, run, write_model, write_rows
 
-MODULES = COMMANDS | {"train": ("train", ""), "evaluate": ("evaluate", "")}
+MODULES = COMMANDS | {"train": "train", "evaluate": "evaluate"}
 TRAIN = "--model tiny --out new --train-size 48 --epochs 1 --max-length 32"  # and then the bad words
 FIT = "--model tiny --out new --epochs 1 --max-length 32"
 OLD = {"evaluate": "", "choose": "", "predict": "own.csv", "test": "own.csv", "explain": "a", "export": "--onnx a.onnx"}
@@ -117,9 +116,7 @@ def place(tmp_path_factory, run_of) -> Path:
 def test_bad_input_is_one_line_and_status_2(place, capsys, command, words, expected):
     before = sorted(place.rglob("*"))
     with in_folder(place):
-        module, name = MODULES[command]
-        module = importlib.import_module(module)
-        status = run(getattr(module, name) if command in OWN_TEXT else module, *shlex.split(words))
+        status = run(command_of(MODULES[command]), *shlex.split(words))
     err = capsys.readouterr().err
     assert (status, "Traceback" in err) == (2, False), err
     *told, line = err.splitlines()  # what is told before is of the files

@@ -42,7 +42,8 @@ def with_linear_head(encoder: TransformerEncoder, num_labels: int) -> MultiExitM
     """A model of an encoder that pools the mean, with one exit, a `LinearHead`, at its end."""
     depth = len(encoder.layers)
     model = MultiExitModel(encoder, (depth,), num_labels)
-    model.heads = nn.ModuleList([LinearHead(encoder.config.hidden_size, num_labels)])
+    head = LinearHead(encoder.config.hidden_size, num_labels)
+    model.heads = nn.ModuleList([head.to(encoder.word_embeddings.weight)])  # the encoder's device and type
     return model
 
 
