@@ -73,8 +73,8 @@ REFUSALS = [
         for command, words in list(OLD.items())[1:]
     ],
     ("predict", "no-point own.csv", "no-point/operating.json: not readable as JSON"),
-    ("test", "bag own.csv", "own.csv: no row has a label of the model's: "),
-    ("test", "bag bag/validation.jsonl", "bag/validation.jsonl: no row is left to test on; name other rows"),
+    ("test", "bag own.csv", "own.csv: no row is left to test on: 32 with a label that the model does not know (a, b)"),
+    ("test", "bag bag/validation.jsonl", "bag/validation.jsonl: no row is left to test on: "),
     ("predict", "bag own.csv --out own.csv", "--out: own.csv is the input"),
     ("predict", "bag own.csv --out new.txt", "new.txt: should end in .csv, .tsv, .jsonl"),
     ("explain", "bag", "TEXT: should be a text; or --html FILE and no text"),

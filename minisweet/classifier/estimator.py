@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from minisweet.adaptive import in_float32
-from minisweet.base.commands import BARS, Kind, Notices, Options, number, whole_number
+from minisweet.base.commands import BARS, Notices, Options, number, whole_number
 from minisweet.base.files import LOG, InputError
 from minisweet.classifier.explain import explain
 from minisweet.classifier.fit import FitOptions, Given, train
@@ -25,7 +25,6 @@ from minisweet.classifier.state import Answer, State, first_choice
 from minisweet.run import Record
 
 PARAMETERS = vars(FitOptions()) | vars(Goal()) | {"verbose": 0}
-VERBOSE = Kind("a whole number from 0", int, lambda value: isinstance(value, int) and value >= 0)  # True is 1
 THRESHOLD, AT_MOST = number(0, 1), whole_number(1)
 Made = TypeVar("Made", bound=Options)
 
@@ -65,7 +64,7 @@ class EarlyExitClassifier:
         model: a preset, a folder in Hugging Face's layout, or an id of its hub.
         trunk: the folder of a run or a finished classifier to start from, whose answers stay as they are.
         dev_size: the share of the distinct labelled texts that is set aside for validation.
-        seed: of new weights, order and dropout.
+        seed: of order and dropout.
         lr, epochs, batch_size, max_length: None for what suits model and data.
         device, amp: as the commands' --device and --amp.
         max_lost, sure: deploy the lowest threshold that loses at most `max_lost` of 100 texts, with `sure` percent
@@ -140,7 +139,6 @@ class EarlyExitClassifier:
         by itself. `unlabelled_groups` does so for `unlabelled`. With a `trunk`, X and y may be None. Until the new
         model is ready, the previous one answers. Raises InputError, naming the item, for what cannot be trained on.
         """
-        verbose = VERBOSE.check("verbose", self.verbose)
         if unlabelled is None and unlabelled_groups is not None:
             raise InputError("needs unlabelled", "unlabelled_groups")
         more = None if unlabelled is None else with_text(texts_of(unlabelled), unlabelled_groups, "unlabelled_groups")
@@ -155,7 +153,7 @@ class EarlyExitClassifier:
             if not others.first:
                 raise InputError("has no rows", "validation")
             label_type = label_type if type_there == label_type or not any(others.names or ()) else "str"
-        with telling(bool(verbose)), torch.random.fork_rng(range(torch.cuda.device_count())):  # the global state stays
+        with telling(bool(self.verbose)), torch.random.fork_rng(range(torch.cuda.device_count())):
             self.train_on(Given("texts", rows, others, more, Columns("text"), label_type))
         return self
 

@@ -80,14 +80,15 @@ class OnTokens(nn.Module):
 
 
 class Writer:
-    """Writes nodes, one by one. Values go by their names."""
+    """Writes nodes, one by one. Values go by their names, which begin with the graph's."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.nodes: list[NodeProto] = []
 
     def add(self, op: str, *inputs: str, outputs: Sequence[str] = (), **attributes: Any) -> str:
         """Write a node. Returns its first output."""
-        outputs = outputs or [f"{op}.{len(self.nodes)}.{id(self)}"]
+        outputs = outputs or [f"{self.name}.{op}.{len(self.nodes)}"]
         self.nodes.append(make_node(op, inputs, outputs, **attributes))
         return outputs[0]
 
@@ -104,19 +105,19 @@ def full_depth(graph: GraphProto, rows: str, first: str, early: str) -> GraphPro
 
     `first` (B, C) are exit 0's logits. Weights stand in the graph that reads them: ONNX Runtime packs them only there.
     """
-    writer = Writer()
+    writer = Writer("full_depth")
     add = writer.add
     logits = writer.run(graph, *(add("Gather", x, rows) for x in INPUTS))  # (M, C)
     of_bag = add("Mul", add("Gather", first, rows), "weight")
     answers = add("Softmax", add("Add", add("Div", logits, "temperature"), of_bag))
     places = add("Unsqueeze", rows, add("Constant", value_ints=[1]))
     output = make_tensor_value_info(add("ScatterND", early, places, answers), FLOAT, None)
-    return make_graph(writer.nodes, "full_depth", [], [output], graph.initializer)
+    return make_graph(writer.nodes, writer.name, [], [output], graph.initializer)
 
 
 def write_graph(model: MultiExitModel, bag: NgramExit) -> ModelProto:
     """Write the whole graph. Besides the inputs of the file it has the numbers of a `Rule`."""
-    writer, of_bag, C = Writer(), exported("bag_of_words", bag, 2), model.num_labels
+    writer, of_bag, C = Writer("early_exit"), exported("bag_of_words", bag, 2), model.num_labels
     add = writer.add
     zero, one, two, lowest = (add("Constant", value_float=value) for value in (0.0, 1.0, 2.0, 1 / C))
     last = add("Constant", value_ints=[-1])
@@ -139,7 +140,7 @@ def write_graph(model: MultiExitModel, bag: NgramExit) -> ModelProto:
     inputs += [make_tensor_value_info(name, FLOAT, []) for name in ("threshold", *Rule._fields)]
     shapes: list[tuple[int, list[str | int]]] = [(FLOAT, ["batch", C]), (FLOAT, ["batch"]), (INT64, ["batch"])]
     outputs = [make_tensor_value_info(name, *shape) for name, shape in zip(OUTPUTS, shapes, strict=True)]
-    graph = make_graph(writer.nodes, "early_exit", inputs, outputs, of_bag.initializer)
+    graph = make_graph(writer.nodes, writer.name, inputs, outputs, of_bag.initializer)
     return make_model(graph, opset_imports=[make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
 

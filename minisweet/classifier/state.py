@@ -198,8 +198,6 @@ class State:
         record, about, names = self.trained.record, self.trained.about, rows.names or []
         numbers: dict[str | None, int] = {name: number for number, name in enumerate(record.labels)} | {None: -1}
         unknown = sorted({name for name in names if name is not None and name not in numbers})
-        if unknown and not numbers.keys() & {*names}:
-            raise InputError(f"{source}: no row has a label of the model's: {preview(record.labels)}")
         texts = Texts(self.trained.tokenizer, rows._replace(labels=[numbers.get(name, -2) for name in names]))
         left = np.ones(len(texts), dtype=bool)
         reasons = [f"{rows.empty:,} without text"] if rows.empty else []
@@ -219,7 +217,7 @@ class State:
             reasons.append(f"{int((~represents).sum()):,} in a group for which another row stands")
         texts = texts.take(np.flatnonzero(represents))
         if not len(texts):
-            raise InputError(f"{source}: no row is left to test on; name other rows")
+            raise InputError(f"{source}: no row is left to test on: {', '.join(reasons)}")
         told = f"{len(texts):,} of {len(names) + rows.empty:,} rows count"
         return texts, f"{told}; left out: {', '.join(reasons)}" if reasons else told
 
