@@ -14,6 +14,7 @@ import torch
 
 from minisweet.adaptive import in_float32
 from minisweet.base.commands import BARS, Notices, Options, number, whole_number
+from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError
 from minisweet.classifier.explain import explain
 from minisweet.classifier.fit import FitOptions, Given, train
@@ -21,7 +22,7 @@ from minisweet.classifier.folder import load_state, save_state
 from minisweet.classifier.operating_point import OperatingPoint, measure
 from minisweet.classifier.promise import Goal
 from minisweet.classifier.rows import Columns, label_name, labelled_texts, names_of, texts_of, with_text
-from minisweet.classifier.state import Answer, State, first_choice
+from minisweet.classifier.state import Answer, State, chosen
 from minisweet.run import Record
 
 PARAMETERS = vars(FitOptions()) | vars(Goal()) | {"verbose": 0}
@@ -160,7 +161,9 @@ class EarlyExitClassifier:
     def train_on(self, given: Given) -> None:
         """Train, choose, and answer from then on."""
         options, goal = self._options(FitOptions), self._options(Goal)
-        self._state = first_choice(train(options, given), goal, options.device, options.amp)
+        device = choose_device(options.device)
+        precision = choose_precision(options.amp, device)
+        self._state = chosen(train(options, given), goal, device, precision)
 
     def _options(self, kind: type[Made]) -> Made:
         return kind(**{name: getattr(self, name) for name in vars(kind())})

@@ -3,7 +3,6 @@
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save as to_bytes
@@ -69,8 +68,7 @@ def load_state(folder: Path, threshold: float | None, device: str, amp: str, bat
         LOG.warning(message, point.precision, precision or torch.float32)
     trained = Trained(record, about, model.to(place), bag.to(place), tokenizer, read_validation(folder, record))
     threshold = in_float32(point.threshold if threshold is None else threshold)
-    about_answers: dict[str, Any] = {"device": place, "precision": precision, "batch_size": batch_size}
-    return State(trained=trained, logits=logits, point=point, threshold=threshold, **about_answers)
+    return State(trained, logits, point, threshold, place, precision, batch_size)
 
 
 def files_of_choice(state: State) -> dict[str, bytes]:

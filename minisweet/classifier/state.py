@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from minisweet.adaptive import in_float32, leaves
-from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import InputError, preview
 from minisweet.classifier.bag_of_words import NgramExit
 from minisweet.classifier.cascade import Answers, Logits
@@ -72,13 +71,6 @@ class Trained(NamedTuple):
         bag, model = self.ask_bag(texts, device), self.ask_model(texts, device, precision)
         return Logits(bag, model, texts.labels, texts.keys, units_of(texts), str(precision or torch.float32))
 
-    def ask_validation(self, device: torch.device, precision: torch.dtype | None) -> Logits:
-        """Run both exits on the validation texts. Raises InputError if logits are infinite or NaN."""
-        logits = self.ask(Texts(self.tokenizer, self.validation), device, precision)
-        if not (logits.bag.isfinite().all() and logits.model.isfinite().all()):
-            raise InputError("the exits give infinite numbers or NaN; try --amp off, or train at a lower --lr")
-        return logits
-
     def choose(self, logits: Logits, goal: Goal) -> OperatingPoint:
         """Choose what to deploy."""
         point = choose(logits, goal, self.record.trained_keys, self.about.combines)
@@ -95,7 +87,7 @@ class Answer(NamedTuple):
     words: tuple[dict[str, float], dict[str, float]] | None = None  # at exit 0, set by `explain` alone
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class State:
     """A classifier that is ready to answer. Threads share it, and keep the one that they began with."""
 
@@ -114,11 +106,7 @@ class State:
 
     def choose(self, goal: Goal) -> "State":
         """The state after another choice. Both exits run again if the logits are of another precision."""
-        logits = self.logits
-        if logits.precision != str(self.precision or torch.float32):
-            logits = self.trained.ask_validation(self.device, self.precision)
-        point = self.trained.choose(logits, goal)
-        return replace(self, logits=logits, point=point, threshold=in_float32(point.threshold))
+        return chosen(self.trained, goal, self.device, self.precision, self.logits, self.batch_size)
 
     @property
     def promise(self) -> str:
@@ -231,15 +219,26 @@ class State:
         ]
 
 
-def first_choice(trained: Trained, goal: Goal, device: str, amp: str) -> State:
-    """The state of a classifier that was just trained."""
-    place = choose_device(device)
-    precision = choose_precision(amp, place)
-    trained.bag.to(place), trained.model.to(place)
-    logits = trained.ask_validation(place, precision)
+def chosen(
+    trained: Trained,
+    goal: Goal,
+    device: torch.device,
+    precision: torch.dtype | None,
+    logits: Logits | None = None,
+    batch_size: int = 32,
+) -> State:
+    """Choose for what was trained, from `logits` for the validation texts if they are of this precision.
+
+    Otherwise both exits run first. Raises InputError if their logits are infinite or NaN.
+    """
+    if logits is None or logits.precision != str(precision or torch.float32):
+        trained.bag.to(device), trained.model.to(device)
+        logits = trained.ask(Texts(trained.tokenizer, trained.validation), device, precision)
+        if not (logits.bag.isfinite().all() and logits.model.isfinite().all()):
+            raise InputError("the exits give infinite numbers or NaN; try --amp off, or train at a lower --lr")
     point = trained.choose(logits, goal)
-    about: dict[str, Any] = {"device": place, "precision": precision, "threshold": in_float32(point.threshold)}
-    return State(trained=trained, logits=logits, point=point, **about)
+    about = device, precision, batch_size
+    return State(trained, logits, point, in_float32(point.threshold), *about)
 
 
 def metric_name(answers: Answers) -> str:
