@@ -162,8 +162,7 @@ class EarlyExitClassifier:
         """Train, choose, and answer from then on."""
         options, goal = self._options(FitOptions), self._options(Goal)
         device = choose_device(options.device)
-        precision = choose_precision(options.amp, device)
-        self._state = chosen(train(options, given), goal, device, precision)
+        self._state = chosen(train(options, given), goal, device, choose_precision(options.amp, device))
 
     def _options(self, kind: type[Made]) -> Made:
         return kind(**{name: getattr(self, name) for name in vars(kind())})
@@ -244,8 +243,7 @@ class EarlyExitClassifier:
         if threshold is not None:
             THRESHOLD.check("threshold", threshold)
         classifier = cls()
-        state = load_state(Path(run), threshold, options.device, options.amp, int(batch_size))
-        classifier._state = state
+        classifier._state = state = load_state(Path(run), threshold, options.device, options.amp, int(batch_size))
         params = vars(state.trained.record.arguments) | vars(state.trained.about) | vars(state.point.goal)
         params |= {"device": options.device, "amp": options.amp}
         return classifier.set_params(**{name: params[name] for name in PARAMETERS if name in params})
