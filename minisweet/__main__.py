@@ -19,18 +19,19 @@ from minisweet.base.commands import Parser, run_command
 from minisweet.fast import tune_cpu
 
 OWN_TEXT = ("fit", "choose", "test", "predict", "explain", "export")
-COMMANDS = {name: f"minisweet.classifier.{name}" for name in OWN_TEXT}
+COMMANDS = {name: f"minisweet.classifier.main:{name}" for name in OWN_TEXT}  # a module, and a function other than main
 COMMANDS |= {name: f"minisweet.paper.{name}" for name in ("reproduce", "gradients")}
 
 
 def main() -> None:
-    """Run the command that the first word names. Its module reads the words after it."""
+    """Run the command that the first word names. It reads the words after it."""
     parser = Parser(__doc__, "minisweet")
     parser.add_argument("command", choices=COMMANDS)
     command = parser.parse_args(sys.argv[1:2]).command
     tune_cpu()
-    main_of = importlib.import_module(COMMANDS[command]).main
-    run_command(lambda: main_of(sys.argv[2:]), f"minisweet {command}")
+    module, _, name = COMMANDS[command].partition(":")
+    call = getattr(importlib.import_module(module), name or "main")
+    run_command(lambda: call(sys.argv[2:]), f"minisweet {command}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ on which other instances have exited.
 Dimension letters: K exits, N instances, n some of them, C classes, L layers.
 """
 
-from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -33,12 +32,8 @@ class ExitRule:
         # The lowest possible confidence. At this threshold every instance takes the first exit.
         self.lowest = 1 / num_labels if ranges is None else 0.0
 
-    def calibrated(self, k: int, logits: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Exit k's calibrated logits (n, C), from its logits (n, C), with k counted from 0.
-
-        `rows` (n,) are the instances' numbers among all N, None for all of them in order. A rule that combines
-        classifiers needs them (a subclass in classifier/); this one does not.
-        """
+    def calibrated(self, k: int, logits: Tensor) -> Tensor:
+        """Exit k's calibrated logits (n, C), from its logits (n, C), with k counted from 0."""
         return logits.float() if self.temperatures is None else logits.float() / self.temperatures[k]
 
     def confidence(self, k: int, calibrated: Tensor, certainty: Tensor | None) -> Tensor:
@@ -57,11 +52,6 @@ class ExitRule:
         certainties = [None] * len(logits) if certainty is None else certainty
         rows = zip(self.all_calibrated(logits), certainties, strict=True)
         return torch.stack([self.confidence(k, *of_exit) for k, of_exit in enumerate(rows)])
-
-    def keep_exits(self, places: Sequence[int]) -> "ExitRule":
-        """The rule of some of the exits, which are counted from 0."""
-        parts = (None if part is None else part[list(places)] for part in (self.temperatures, self.ranges))
-        return ExitRule(self.num_labels, *parts)
 
 
 def in_float32(threshold: float) -> float:
@@ -104,10 +94,6 @@ class Exits(NamedTuple):
     def costs(self) -> list[float]:
         """The cost of taking each exit, as a share of the encoder's layers: (K,) (Eq. 1 for one instance)."""
         return [n / self.depth for n in (accumulate(self.layers) if self.add_up else self.layers)]
-
-    def keep_exits(self, places: Sequence[int]) -> "Exits":
-        """Some of the exits, which are counted from 0."""
-        return self._replace(layers=[self.layers[k] for k in places])
 
 
 def exits_of(model: ExitModel) -> Exits:

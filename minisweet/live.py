@@ -55,7 +55,7 @@ def early_exit(
         stay = None
         for k in range(len(model.exit_layers)):
             of_exit, certainty = answers.send(stay)  # (R, C), (R,) or None
-            logits[rows] = calibrated = rule.calibrated(k, of_exit, rows)
+            logits[rows] = calibrated = rule.calibrated(k, of_exit)
             confidence[rows] = sure = rule.confidence(k, calibrated, certainty)
             exits[rows] = k
             stay = ~leaves(sure, threshold, rule.lowest)  # (R,)

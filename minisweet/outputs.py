@@ -29,12 +29,11 @@ class Outputs(NamedTuple):
 
     logits: Tensor  # (K, N, C)
     certainty: Tensor | None  # (K, N), of learning-to-exit
-    labels: Tensor  # (N,); -1 for a text without one, which only classifier/ has
+    labels: Tensor  # (N,)
     keys: Tensor  # (N,), int64, of `Texts`: equal for texts of the same tokens
     metric: str  # of `score`
     exits: Exits
     precision: str = "torch.float32"  # of the logits
-    units: Tensor | None = None  # (N,), int64; set and read by classifier/ alone
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "Outputs":
         """The outputs for some texts (n,)."""
@@ -44,31 +43,14 @@ class Outputs(NamedTuple):
             certainty=None if self.certainty is None else self.certainty[:, places],
             labels=self.labels[places],
             keys=self.keys[places],
-            units=None if self.units is None else self.units[places],
         )
 
-    def by(self, rule: ExitRule) -> "Outputs":
-        """The same outputs with logits that are calibrated by a rule."""
-        return self._replace(logits=rule.all_calibrated(self.logits))
-
-    def decide_at(
-        self, places: Sequence[int], thresholds: Sequence[float], rule: ExitRule | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Find the exit that each text takes at some thresholds, among some of the K exits, which are counted from 0.
-
-        Returns the exits taken, their predictions and their costs, (P, N) each. `rule` is None if the logits
-        are calibrated already.
-        """
-        outputs = self.by(rule) if rule else self
-        rule = rule or ExitRule(self.logits.shape[-1])
-        places = list(places)
-        certainties = [None if self.certainty is None else self.certainty[k] for k in places]
-        pairs = zip(places, certainties, strict=True)
-        confidence = torch.stack([rule.confidence(k, outputs.logits[k], certainty) for k, certainty in pairs])
+    def decide(self, thresholds: Sequence[float], rule: ExitRule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The exit (from 0) that each text takes at some thresholds, its prediction and its cost: (P, N) each."""
+        confidence = rule.confidences(self.logits, self.certainty)  # (K, N)
         taken = np.stack([exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds])
-        costs = np.array(self.exits.keep_exits(places).costs())  # (exits,)
-        predictions = np.take_along_axis(outputs.logits[places].argmax(-1).numpy(), taken, axis=0)
-        return np.array(places)[taken], predictions, costs[taken]
+        predictions = np.take_along_axis(self.logits.argmax(-1).numpy(), taken, axis=0)
+        return taken, predictions, np.array(self.exits.costs())[taken]
 
     def folds(self, count: int) -> np.ndarray:
         """The fold of each text, (N,), from 0 to `count` - 1.
@@ -121,7 +103,6 @@ def ask_all(
         metric=metric,
         exits=exits_of(model),
         precision=str(precision or torch.float32),
-        units=None if texts.units is None else torch.tensor(texts.units, device="cpu"),
     )
 
 

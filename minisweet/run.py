@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from safetensors.torch import save
 from tokenizers import Tokenizer
 
 from minisweet.base.files import InputError, read_dataclass, read_json, write_json, written_beside
-from minisweet.checkpoint import OURS, WEIGHTS, load_strict, new_encoder, read_config
+from minisweet.checkpoint import OURS, WEIGHTS, Made, load_strict, new_encoder, read_config
 from minisweet.exits import ExitModel
 from minisweet.methods import build_model
 from minisweet.options import TrainingOptions
@@ -97,12 +97,12 @@ def save_run(
     model: ExitModel,
     tokenizer: Tokenizer,
     validation: Examples,
-    add_files: Callable[[Path], None] | None = None,
+    more: Mapping[str, bytes] | None = None,
     overwrite: bool = True,
 ) -> None:
     """Write a run to a folder, whole or not at all. A run that is there is replaced, or refused without `overwrite`.
 
-    The record holds the id of the weights. `add_files(folder)` writes more files into the folder.
+    The record holds the id of the weights. `more` are further files, by name.
     """
     assert record.id is not None
     with written_beside(out, overwrite) as folder:
@@ -115,8 +115,8 @@ def save_run(
         (folder / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
         with (folder / VALIDATION).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of(validation, record.labels))
-        if add_files:
-            add_files(folder)
+        for name, content_of_file in (more or {}).items():
+            (folder / name).write_bytes(content_of_file)
 
 
 def save_diverged(out: Path, record: Record, overwrite: bool = True) -> None:
@@ -171,13 +171,18 @@ def load_model(folder: Path, record: Record) -> ExitModel:
 
     Raises InputError if the weights are missing, broken or of another run.
     """
-    check_weights(folder, record)
     config, options = read_config(folder), record.arguments
 
     def make() -> ExitModel:
         layers, labels = record.exit_layers, record.labels
         return build_model(options.method, partial(new_encoder, config), layers, len(labels), options.exit_strategy)
 
+    return load_weights(folder, record, make)
+
+
+def load_weights(folder: Path, record: Record, make: Callable[[], Made]) -> Made:
+    """Make a model and load the weights of a run into it. For the rest see `load_model`."""
+    check_weights(folder, record)
     return load_strict(folder / WEIGHTS, make).eval()
 
 

@@ -74,7 +74,7 @@ def sweep(folds: Folds, outputs: Outputs, thresholds: list[float]) -> tuple[dict
     taken, costs = np.empty((len(thresholds), N), dtype=np.int64), np.empty((len(thresholds), N))
     predictions = outputs.logits.argmax(-1).numpy()  # (K, N)
     for rule, rows in folds:
-        taken[:, rows], _, costs[:, rows] = outputs.take(rows).decide_at(range(K), thresholds, rule)
+        taken[:, rows], _, costs[:, rows] = outputs.take(rows).decide(thresholds, rule)
     ratios = costs.mean(1).tolist()  # Eq. 1
     scores = score(predictions[taken, np.arange(N)], labels, metric).tolist()
     curve = {

@@ -180,7 +180,6 @@ class Texts:
             such as upper case, or the end of a long text. Their order is as good as random.
         labels: (N,), the classes, -1 for a row without a label.
         targets: what is learned: labels (N,) or probabilities (N, C).
-        units: (N,), keys too; set and read by classifier/ alone, where several texts can form a unit.
     """
 
     def __init__(self, tokenizer: Tokenizer, examples: Examples) -> None:
@@ -204,7 +203,6 @@ class Texts:
         self.first_lengths = np.array(first_lengths, dtype=int)
         self.is_cut = np.array(is_cut, dtype=bool)
         self.keys = np.frombuffer(b"".join(digests), dtype=np.int64)
-        self.units: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -214,7 +212,7 @@ class Texts:
         taken = copy.copy(self)
         rows = np.asarray(rows, dtype=int)
         taken.examples, taken.ids = self.examples.take(rows), [self.ids[row] for row in rows]
-        for name in ("lengths", "first_lengths", "is_cut", "keys", "labels", "targets", "units"):
+        for name in ("lengths", "first_lengths", "is_cut", "keys", "labels", "targets"):
             values = getattr(self, name)
             setattr(taken, name, None if values is None else values[rows])
         return taken

@@ -1,6 +1,7 @@
 """What several tests use: tiny models with random weights, a way to run commands, and one finished run per method."""
 
 import functools
+import importlib
 import json
 import os
 import runpy
@@ -266,20 +267,28 @@ def in_folder(folder: Path):
         yield
 
 
-def run(module, *arguments) -> int:
-    """Call a module's main() with these arguments, as a command; returns its exit status."""
-    room, _, name = module.__name__.rpartition(".")
+def run(command, *arguments) -> int:
+    """Call a module's main(), or a command of own text, with these arguments; returns its exit status."""
+    room, _, name = command.__name__.rpartition(".")
     words = list(map(str, arguments))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *words])
         try:
-            if room.startswith("minisweet."):
-                run_command(lambda: module.main(words), f"minisweet {name}")
+            if callable(command):
+                run_command(lambda: command(words), f"minisweet {name}")
+            elif room.startswith("minisweet."):
+                run_command(lambda: command.main(words), f"minisweet {name}")
             else:
-                run_command(module.main)
+                run_command(command.main)
         except SystemExit as stopped:
             return stopped.code
     return 0
+
+
+def command_of(path: str):
+    """What `run` takes, from a value of COMMANDS: a module, or a function in it."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name) if name else importlib.import_module(module)
 
 
 @pytest.fixture
@@ -364,7 +373,7 @@ def run_of(tmp_path_factory):
     """
     import evaluate
     import train
-    from minisweet.classifier import fit
+    from minisweet.classifier.main import fit
 
     folder = tmp_path_factory.mktemp("runs")
     model = write_model_of_words(folder / "tiny")
@@ -406,7 +415,7 @@ def write_rows(path: Path, rows: list[tuple], *columns: str) -> Path:
 @pytest.fixture(scope="session")
 def own_run(tmp_path_factory) -> Path:
     """What `minisweet fit` makes of own.csv and more.csv, which lie beside it, with the model `tiny`, and new.csv."""
-    from minisweet.classifier import fit
+    from minisweet.classifier.main import fit
 
     folder = tmp_path_factory.mktemp("own")
     write_model_of_words(folder / "tiny")

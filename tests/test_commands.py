@@ -31,7 +31,7 @@ from tests.conftest import CHECKOUT, run
     ],
 )
 def test_what_a_user_can_cause_is_one_line_and_a_status(capfd, error, status, message):
-    module = SimpleNamespace(__name__="minisweet.classifier.predict", main=Mock(side_effect=error))
+    module = SimpleNamespace(__name__="minisweet.paper.predict", main=Mock(side_effect=error))
     assert run(module) == status
     out, err = capfd.readouterr()
     assert (out, message in err, err.count("\n")) == ("", True, 1)

@@ -80,7 +80,7 @@ def test_new_texts_are_answered_as_the_sweep_decides(copied, command, monkeypatc
     confidence = rule.confidences(outputs.logits, outputs.certainty)  # (K, N)
     sure = confidence[0].unique()
     threshold = float(sure[len(sure) // 2 : len(sure) // 2 + 2].mean())  # between two, so that about half leave
-    (taken,), (labels,), _ = outputs.decide_at(range(3), [threshold], rule)
+    (taken,), (labels,), _ = outputs.decide([threshold], rule)
     assert len({*taken}) > 1
     Path("new.tsv").write_text("note\tsentence\n" + "".join(f"\t{text}\n" for text in [*rows.first, " "]) + "\n")
     words = folder, "--predict", "new.tsv", "--threshold", threshold

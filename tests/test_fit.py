@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from minisweet import EarlyExitClassifier
-from minisweet.classifier import choose, deployed, predict
-from minisweet.classifier import test as check
-from minisweet.classifier.deployed import load_run, tokenize
+from minisweet.classifier.main import choose, predict
+from minisweet.classifier.main import test as check
+from minisweet.classifier.state import Trained
 from tests.conftest import opinions, write_rows
 
 KEYS = "threshold goal choosing_texts judging_texts labelled_judges score full_depth lost share temperatures"
-KEYS += " weights per_class id precision"
-INTERVALS = {f"{name}_interval" for name in ("score", "full_depth", "lost", "share")}
+KEYS += " weights per_class id precision macro_f1 exit_0"
+INTERVALS = {f"{name}_interval" for name in ("score", "full_depth", "exit_0", "lost", "share")}
 
 
 def read(run: Path, name: str = "operating") -> dict:
@@ -33,19 +33,21 @@ def test_what_is_printed_is_what_is_saved(copied, command):
     (_, out, _), point = command(choose, copied, "--max-lost", 8, "--sure", 80), read(copied)
     assert point.keys() == {*KEYS.split()} | INTERVALS
     rows = {line[:42].strip(): line[42:].split() for line in out.splitlines()}
-    assert rows["deployed"] == [f"{point['score']:.1f}", f"{point['share']:.2f}"]
-    assert rows["full depth"] == [f"{point['full_depth']:.1f}", "1.00"]
-    assert rows["a bag of words alone (exit 0)"][1] == "0.00"
+    for title, key, share in (("a bag of words alone (exit 0)", "exit_0", 0), ("full depth", "full_depth", 1)):
+        low, high = point[f"{key}_interval"]
+        assert rows[title] == [f"{point[key]:.1f}", f"{low:.1f}", "to", f"{high:.1f}", f"{share:.2f}"]
+    assert (rows["deployed"][0], rows["deployed"][-1]) == (f"{point['score']:.1f}", f"{point['share']:.2f}")
     promise, last = out.splitlines()[-2:]
-    assert promise == load_run(copied, "point").point.promise
+    assert promise == EarlyExitClassifier.load(copied).operating_point.promise
     assert last == f"next: minisweet predict {copied} FILE.csv --out predicted.csv"
-    assert point["lost"] == 100 * round(point["lost"] * point["judging_texts"] / 100) / point["judging_texts"]
+    assert point["lost"] * point["judging_texts"] / 100 == pytest.approx(round(point["lost"] * 1.2))
+    assert point["judging_texts"] == 120
     assert all(low <= point[name[:-9]] <= high for name in INTERVALS for low, high in [point[name]])
 
 
 def test_choose_takes_another_goal_or_precision_and_is_the_same_again(own_run, copied, command, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(deployed, "ask_exits", None)  # no model runs
+        patch.setattr(Trained, "ask", None)  # no model runs
         for words, goal in (
             ("", {"max_lost": 3.0, "sure": 90.0}),
             ("--max-lost 8 --sure 75", {"max_lost": 8.0, "sure": 75.0}),
@@ -67,14 +69,15 @@ def test_unlabelled_texts_teach_exit_0_and_judge(own_run, command, copied):
     assert (len(rows), len(judges), record["labels"]) == (160, 100, ["down", "up"])
     assert {*judges} < {text for text, _ in unlabelled}
     learnt = [*{text for text, _ in labelled + unlabelled} - {row["text"] for row in rows}]
-    assert set(record["trained_keys"]) == {*tokenize(EarlyExitClassifier.load(own_run).deployed, learnt).keys.tolist()}
+    assert set(record["trained_keys"]) == {*EarlyExitClassifier.load(own_run).state.tokenize(learnt).keys.tolist()}
     assert [point[f"{name}_texts"] for name in ("choosing", "judging")] == [15 + 25, 45 + 75]
     assert sum(point["per_class"]["support"]) == 45  # the score is of the labelled ones
     assert command(choose, copied, *"--max-lost 3 --sure 90".split())[0] == 0  # which needs no other file
     assert read(copied) == point
     write_rows(Path("all.csv"), labelled + unlabelled + new, "text", "label")
     _, out, _ = command(check, own_run, "all.csv")
-    assert f"{300 + 500 - 160} of these rows were trained on, and do not count\n160 of these rows are validation" in out
+    told = "200 of 1,000 rows count; left out: 640 that were trained on, 160 that are validation rows, which set the"
+    assert out.startswith(f"all.csv: {told} threshold\n")
     assert "\n200 rows, threshold " in out
 
 
@@ -82,12 +85,16 @@ def test_another_file_is_tested_beside_what_was_stated(copied, run_of, command):
     assert command(choose, copied, "--max-lost", 20, "--sure", 60)[0] == 0
     new, point = opinions(1000)[800:], read(copied)
     texts, labels = map(list, zip(*new, strict=True))
-    write_rows(Path("new.csv"), [*new, ("the film", "left"), ("a film", "right"), ("is it", "")], "text", "label")
-    _, out, _ = command(check, copied, "new.csv")
-    assert out.startswith("rows whose label the model does not know, left out: 2 (left, right)\n")
+    others = [("the film", "left"), ("a film", "right"), ("is it", ""), (" ", "up")]
+    write_rows(Path("new.csv"), [*new, *others], "body", "label")
+    assert "new.csv: no column text or sentence" in command(check, copied, "new.csv")[2]
+    _, out, _ = command(check, copied, "new.csv", "--text-columns", "body")
+    told = "201 of 204 rows count; left out: 1 without text, 2 with a label that the model does not know (left, right)"
+    assert out.startswith(f"new.csv: {told}\n")
     assert "\n201 rows, threshold " in out
     found = {line[:26].strip(): line[26:].split() for line in out.splitlines()}
-    for title, key in (("accuracy", "score"), ("full depth", "full_depth"), ("lost, of 100 texts", "lost")):
+    titles = {"accuracy": "score", "full depth": "full_depth", "macro F1": "macro_f1", "lost, of 100 texts": "lost"}
+    for title, key in titles.items():
         assert found[title][-1] == f"{point[key]:.2f}"
     right = EarlyExitClassifier.load(copied).score(texts, labels)
     assert float(found["accuracy"][0]) == pytest.approx(100 * right, abs=0.005)

@@ -11,24 +11,17 @@ from safetensors.torch import load_file
 
 from minisweet import EarlyExitClassifier, load_encoder
 from minisweet.base.files import InputError, read_json, write_json
-from minisweet.classifier import choose, fit
-from minisweet.classifier import test as test_command
-from minisweet.classifier.deployed import load_run, tokenize
-from minisweet.classifier.fit import (
-    EPOCHS,
-    EPOCHS_AGAIN,
-    EPOCHS_OF_TWO,
-    STEPS,
-    FitOptions,
-    epochs_of,
-    fit_texts,
-)
+from minisweet.classifier import fit as training
+from minisweet.classifier.fit import EPOCHS, EPOCHS_AGAIN, STEPS, FitOptions, Given, epochs_of, train
+from minisweet.classifier.main import choose, fit
+from minisweet.classifier.main import test as check
 from minisweet.classifier.operating_point import CHOOSING
+from minisweet.classifier.probe import embed
 from minisweet.classifier.rows import Columns
-from minisweet.classifier.teacher import embed, ensemble, regress
+from minisweet.classifier.state import State
 from minisweet.classifier.trunk import load_trunk
-from minisweet.run import load_model, read_record
-from minisweet.texts import Examples, Texts
+from minisweet.run import read_record
+from minisweet.texts import Examples
 from tests import conftest
 from tests.conftest import OWN, opinions, random_batch, write_classifier, write_model, write_rows
 
@@ -38,6 +31,10 @@ QUICK = "--epochs 1 --batch-size 512 --max-length 32".split()
 def weights_of(run: str | Path) -> dict[str, torch.Tensor]:
     """The weights of a run's model."""
     return load_file(Path(run, "model.safetensors"))
+
+
+def state_of(run: str | Path) -> State:
+    return EarlyExitClassifier.load(run).state
 
 
 def bag_of(run: str | Path) -> dict[str, torch.Tensor]:
@@ -82,15 +79,15 @@ def test_a_trunk_gets_a_bag_of_words_and_stays_as_it_is(fitted):
 def test_the_bag_learns_labels_or_what_the_trunk_answers(fitted, monkeypatch, file):
     """The trunk answers without dropout."""
     fitted("--out", "one")
-    seen, call = [], fit.fit_ngrams
-    monkeypatch.setattr(fit, "fit_ngrams", lambda *given: seen.append(given) or call(*given))
+    seen, call = [], training.fit_ngrams
+    monkeypatch.setattr(training, "fit_ngrams", lambda *given: seen.append(given) or call(*given))
     fitted("--trunk", "one", "--out", "a", file=[file] if file == "own.csv" else [file, "own.csv"])
     ((_, inputs, of_bag, _),) = seen
     if file == "own.csv":
         labels = read_json(Path("a/run.json"))["labels"]
         assert (len(of_bag), of_bag.unique().tolist(), labels) == (240, [0, 1], ["negative", "positive"])
         return
-    model = load_model(Path("one"), read_record(Path("one")))
+    model = state_of("one").trained.model
     with torch.no_grad():
         answers = torch.cat([model(ids, mask)[0].softmax(-1) for ids, mask in inputs])
     torch.testing.assert_close(of_bag, answers, atol=1e-5, rtol=1e-5)
@@ -104,49 +101,48 @@ def test_pickled_weights_are_enough_and_the_record_counts_the_rows(fitted):
 
 
 def test_epochs_follow_from_what_is_learned(command, monkeypatch):
-    """Labels, and then teachers' answers to other texts, which are more than the labels."""
+    """Labels, and then the model's answers to other texts, which are more than the labels."""
     write_model(Path("tiny"), "bert")
     for name in ("own", "more", "most"):
         conftest.write_table(Path(f"{name}.csv"), ["text", "label"], {"label": ["a", "b", "c"]})
-    monkeypatch.setattr(fit, "MOST_AGAIN", 400)
+    monkeypatch.setattr(training, "MOST_AGAIN", 400)
     steps, titles, options = [], [], "--model tiny --max-length 32 --batch-size 4 --out run".split()
 
-    def record(model, texts: Texts, epochs: int, batch_size: int, *_, title: str) -> list:
-        steps.append(epochs * len(texts) // batch_size)
+    def record(model, texts, epochs: int, size: int, *_, title: str) -> list:
+        steps.append(epochs * -(-len(texts) // size))
         titles.append(title)
         return []
 
-    monkeypatch.setattr(fit, "fine_tune", record)
+    monkeypatch.setattr(training, "fine_tune", record)
     status, _, err = command(fit, *"own.csv --unlabelled more.csv --unlabelled most.csv".split(), *options)
     assert (status, f"{sum(steps):,} steps, lr" in err) == (0, True), err
     assert titles == ["fine-tuning", "learning from its own answers"]
-    assert steps == [epochs_of(240, 4, 3) * 240 // 4, EPOCHS_AGAIN * (240 + 400) // 4]  # of 300, and of 600 others
+    assert steps == [epochs_of(240, 4) * 240 // 4, EPOCHS_AGAIN * (240 + 400) // 4]  # of 300, and of 600 others
 
 
-@pytest.mark.parametrize(("classes", "least"), [(3, EPOCHS), (2, EPOCHS_OF_TWO)])
-def test_epochs_make_so_many_steps_and_are_so_many_at_least(classes, least):
-    for rows in (1, 16 * STEPS // least, 16 * STEPS // least + 1, 10**6):
-        steps, epochs = math.ceil(rows / 16), epochs_of(rows, 16, classes)
-        assert epochs == least or (epochs - 1) * steps < STEPS
-        assert epochs >= max(least, STEPS / steps)
+def test_epochs_make_so_many_steps_and_are_so_many_at_least():
+    for rows in (1, 16 * STEPS // EPOCHS, 16 * STEPS // EPOCHS + 1, 10**6):
+        steps, epochs = math.ceil(rows / 16), epochs_of(rows, 16)
+        assert epochs == EPOCHS or (epochs - 1) * steps < STEPS
+        assert epochs >= max(EPOCHS, STEPS / steps)
 
 
-def test_a_training_that_diverges_leaves_its_step_and_no_weights(fitted, command):
-    """A run that is there is refused before anything is trained, and one that diverges replaces no weights."""
+def test_a_training_that_diverges_leaves_nothing_and_replaces_no_run(fitted, command):
     options = ["own.csv", "--model", "tiny", *QUICK, "--out", "a"]
-    for _ in range(2):
-        status, _, err = command(fit, *options, "--lr", "1e39", "--overwrite")
-        message = "minisweet fit: error: --lr: at 1e+39 the loss became infinite or NaN at step 1; try a lower one\n"
-        assert (status, err.splitlines(True)[-1]) == (2, message)
-        assert ([path.name for path in Path("a").iterdir()], read_record(Path("a")).diverged) == (["run.json"], 1)
-    fitted("--out", "a", "--overwrite")
+    status, _, err = command(fit, *options, "--lr", "1e39")
+    message = "minisweet fit: error: --lr: at 1e+39 the loss became infinite or NaN at step 1; try a lower one\n"
+    assert (status, err.splitlines(True)[-1], Path("a").exists()) == (2, message, False)
+    fitted("--out", "a")
     assert "a holds a run already; name another folder, or pass --overwrite" in command(fit, *options)[2]
     Path("mine").mkdir()
     write_json(Path("mine/run.json"), {"my": "settings"})
     refused = command(fit, *options, "--out", "mine", "--overwrite")[2]
     assert refused.endswith("mine/run.json is not that of a run; name another folder\n")
+    before = weights_of("a")
     assert command(fit, *options, "--lr", "1e39", "--overwrite")[0] == 2
-    assert read_record(Path("a")).diverged is None
+    assert are_equal(before, weights_of("a"))
+    fitted("--out", "a", "--overwrite", file=["other.csv"])
+    assert not are_equal(before, weights_of("a"))
 
 
 @pytest.mark.parametrize(
@@ -165,23 +161,29 @@ def test_what_cannot_be_trained_is_refused(tmp_path, options, unlabelled, messag
         model=str(write_model(tmp_path / "tiny", "bert")), max_length=16, **{"dev_size": 0.5} | options
     )
     with pytest.raises(InputError, match=message):
-        fit_texts(options, "own", rows, None, Examples(unlabelled, None, None) if unlabelled else None, Columns("text"))
+        train(
+            options, Given("own", rows, None, Examples(unlabelled, None, None) if unlabelled else None, Columns("text"))
+        )
 
 
 # On a model of words, with what it makes of opinions.
 
 
 def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, command, monkeypatch):
-    """Where these are more than the labels: from the model itself and its embeddings."""
-    embedded, heard = [], []
+    """The probe starts from public weights. Where texts without labels are more than the labels, the model is heard."""
+    embedded, learned, tune = [], [], training.fine_tune
 
     def spied(encoder, texts) -> torch.Tensor:
         assert not encoder.training
-        embedded.append((encoder.layers[-1].output.weight.clone(), embed(encoder, texts), texts))
-        return embedded[-1][1]
+        embedded.append((encoder.layers[-1].output.weight.clone(), texts))
+        return embed(encoder, texts)
 
-    monkeypatch.setattr(fit, "embed", spied)
-    monkeypatch.setattr(fit, "ensemble", lambda *both: heard.append(both) or ensemble(*both))
+    def tuned(model, texts, *settings, **title) -> list:
+        learned.append((model.heads[0].linear.weight.detach().clone(), texts))
+        return tune(model, texts, *settings, **title)
+
+    monkeypatch.setattr(training, "embed", spied)
+    monkeypatch.setattr(training, "fine_tune", tuned)
     write_rows(Path("few.csv"), [[text] for text, _ in opinions(400)[300:]], "text")
     Path("half.jsonl").write_text('{"text": "the film is you", "label": [1]}\n' * 2)  # labels are not read
     folder = own_run.parent
@@ -197,14 +199,17 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
         more = [word for file in files for word in ("--unlabelled", file)]
         status, _, err = command(fit, *options, *more, "--overwrite")
         assert (status, f"unlabelled texts: {counts}" in err) == (0, True), err
-        assert f"epochs: 2, fewer than the default of {epochs_of(240, 16, 2)}; the model may learn nothing" in err
+        assert f"epochs: 2, fewer than the default of {epochs_of(240, 16)}; the model may learn little" in err
         steps = {stage: len(losses) for stage, losses in read_json(Path("run/run.json"))["losses"].items()}
         assert steps == {stage: 2 * -(-rows // 16) for stage, rows in stages.items()}
-    (before, vectors, texts), (first, second) = *embedded, *heard  # once each
-    assert torch.equal(before, load_encoder(folder / "tiny").layers[-1].output.weight)  # by public weights
-    labels = torch.tensor(texts.labels)
-    assert ((labels[:240] >= 0).all(), (labels[240:] < 0).all(), first.shape) == (True, True, (401, 2))
-    torch.testing.assert_close(second, regress(vectors, torch.eye(2)[labels[:240]])[240:])
+    for before, texts in embedded:
+        assert torch.equal(before, load_encoder(folder / "tiny").layers[-1].output.weight)
+        assert ((texts.labels >= 0).all(), len(texts)) == (True, 240)
+    (start, _), (_, again), (same, _) = learned
+    assert torch.equal(start, same)
+    assert start.abs().max() > 0.1  # as the regression has it
+    np.testing.assert_array_equal(again.targets[:240], np.eye(2)[again.labels[:240]])
+    assert (again.targets[240:].sum(1) == pytest.approx(1), (again.labels[240:] < 0).all()) == (True, True)
 
 
 def test_a_finished_classifier_gets_an_exit_without_any_label(own_run, command):
@@ -218,10 +223,10 @@ def test_a_finished_classifier_gets_an_exit_without_any_label(own_run, command):
         status, out, err = command(fit, "--trunk", trunk, *options, *length, "--overwrite")
         assert (status, "agreement with full depth" in out) == (0, True), err
         assert ("its labels have no names" in err) is (trunk is theirs)
-        run = load_run(Path("run"), "model", "point")
-        assert (run.record.labels, run.record.arguments.max_length) == (labels, 32)
-        assert (run.point.labelled_judges, run.point.full_depth, run.record.fit["combines"]) == (0, 100.0, False)
-        logits = run.model(*random_batch())[-1], load_trunk(trunk).model(*random_batch())[0]
+        run, record, head = state_of("run"), read_record(Path("run")), "pooler" if trunk is theirs else "linear"
+        assert (record.labels, record.arguments.max_length, record.fit["head"]) == (labels, 32, head)
+        assert (run.point.labelled_judges, run.point.full_depth, record.fit["combines"]) == (0, 100.0, False)
+        logits = run.trained.model(*random_batch())[-1], load_trunk(trunk).model(*random_batch())[0]
         torch.testing.assert_close(*logits, rtol=0, atol=0)
 
 
@@ -236,34 +241,34 @@ def test_groups_stay_together_in_all_files_and_judge_by_one_text(own_run, comman
     assert "no column thread; it has" in command(fit, *options, folder / "more.csv", "--group-column", "thread")[2]
     status, _, err = command(fit, *options, "more.csv", "--group-column", "thread")
     assert status == 0, err
-    run = load_run(Path("run"), "texts", "outputs", "point")
-    is_labelled = run.texts.labels >= 0
-    threads = np.array([thread_of[text] for text in run.texts.examples.first])
+    run = state_of("run")
+    is_labelled = run.logits.labels >= 0
+    threads = np.array([thread_of[text] for text in run.trained.validation.first])
     aside = {*threads[is_labelled]}, {*threads[~is_labelled]}
     assert (len(aside[0]), len(aside[1])) == (30, 20)
     apart = sum(thread in aside[0] for _, thread in more)
     assert f"left out: 0 also labelled, or duplicates, {apart} in groups of validation rows\n" in err
     learnt = [text for text, *_, thread in rows + more if thread not in aside[0] | aside[1]]
-    assert set(run.record.trained_keys) == {*tokenize(EarlyExitClassifier.load("run").deployed, learnt).keys.tolist()}
+    assert set(run.trained.record.trained_keys) == {*run.tokenize(learnt).keys.tolist()}
     assert run.point.judging_texts == 30 + 20 - math.ceil(30 / CHOOSING) - 20 // CHOOSING
     # So it is in Python, and of a run that is read again, for whose choice the texts are asked anew.
-    options = {name: getattr(run.record.arguments, name) for name in "model max_length amp epochs lr".split()}
+    options = {name: getattr(run.trained.record.arguments, name) for name in "model max_length amp epochs lr".split()}
     (texts, labels, groups), (others, of_others) = zip(*rows, strict=True), zip(*more, strict=True)
     ours = EarlyExitClassifier(**options, dev_size=0.3)
     ours.fit(texts, labels, groups=groups, unlabelled=others, unlabelled_groups=of_others)
     assert ours.operating_point == run.point  # the weights too, of which its id is a hash
     assert command(choose, "run", "--amp", "bf16")[0] == 0
-    assert load_run(Path("run"), "outputs").outputs.units.equal(run.outputs.units)
+    assert state_of("run").logits.units.tolist() == run.logits.units.tolist()
     new = [(text, label, f"new {n % 10}") for n, (text, label) in enumerate(opinions(1030)[1000:])]
     write_rows(Path("new.csv"), new, "text", "label", "thread")
-    assert "\n10 rows, threshold" in command(test_command, "run", "new.csv")[1]
+    assert "\n10 rows, threshold" in command(check, "run", "new.csv")[1]
     learned = next(thread for *_, thread in rows if thread not in aside[0])
     new += [("awful film you saw", "down", learned), ("fine film you saw", "up", min(aside[0]))]
     new += [("bad film you saw", "down", min(aside[1]))]
     write_rows(Path("new.csv"), new, "text", "label", "thread")
-    _, out, _ = command(test_command, "run", "new.csv")
-    assert "1 of these rows belong to groups that were trained on, and do not count\n" in out
-    assert "2 of these rows belong to groups of validation rows, and do not count\n\n10 rows, threshold" in out
+    _, out, _ = command(check, "run", "new.csv")
+    told = "10 of 33 rows count; left out: 1 in groups that were trained on, 2 in groups of validation rows, "
+    assert f"new.csv: {told}20 in a group for which another row stands\n\n10 rows, threshold" in out
     texts, labels, groups = zip(*new, strict=True)
     assert [ours.test(texts, labels, groups=some)["judging_texts"] for some in (groups, None)] == [10, 33]
     # What the trunk has learned from does not judge either, whoever learns from it now.
@@ -272,7 +277,7 @@ def test_groups_stay_together_in_all_files_and_judge_by_one_text(own_run, comman
     write_rows(Path("new.csv"), [*thread_of.items()], "text", "thread")
     options = ["--trunk", "run", "--unlabelled", "new.csv", "--group-column", "thread", "--out", "again"]
     assert command(fit, *options)[0] == 0
-    again = load_run(Path("again"), "texts", "point")
-    new = sum(thread_of[text].startswith("new") for text in again.texts.examples.first)
-    assert 0 < new < len(again.texts) == 28
+    again = state_of("again")
+    new = sum(thread_of[text].startswith("new") for text in again.trained.validation.first)
+    assert 0 < new < len(again.logits.labels) == 28
     assert again.point.judging_texts == new - math.ceil(new / CHOOSING)

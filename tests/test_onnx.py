@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from minisweet import EarlyExitClassifier
-from minisweet.adaptive import exits_taken
-from minisweet.classifier import choose, export, selection
-from minisweet.classifier.combined_rule import CombinedRule
-from minisweet.classifier.deployed import ANSWERING, classify, load_run, write_chosen
-from minisweet.outputs import write_outputs
+from minisweet import EarlyExitClassifier, load_encoder
+from minisweet.adaptive import leaves
+from minisweet.classifier.cascade import Rule
+from minisweet.classifier.folder import save_choice
+from minisweet.classifier.main import choose, export
+from minisweet.classifier.probe import with_linear_head
+from minisweet.classifier.state import State
 from minisweet.sweep import spaced_thresholds
 from tests.conftest import CHECKOUT, random_bag, random_batch, undecided_model, write_model
 
@@ -29,10 +30,10 @@ for package in ("onnx", "onnxscript", "onnxruntime"):
 import onnxruntime  # noqa: E402
 from onnx.numpy_helper import to_array  # noqa: E402
 
-from minisweet.classifier import onnx, onnx_graph  # noqa: E402
+from minisweet.classifier import onnx  # noqa: E402
 
-# What the exit reads, and how much the answer of exit 0 counts.
-CASES = [("bert", "cls", 0.0), ("deberta", "mean", 0.7), ("mpnet", "mean", -0.4)]
+# The head of the model, and how much the answer of exit 0 counts.
+CASES = [("bert", "pooler", 0.0), ("deberta", "linear", 0.7), ("mpnet", "linear", -0.4)]
 
 
 def session_of(file: bytes | str) -> onnxruntime.InferenceSession:
@@ -44,7 +45,7 @@ def session_of(file: bytes | str) -> onnxruntime.InferenceSession:
 
 def ask(session, batch, threshold=None) -> list[np.ndarray]:
     """Probabilities, confidence and exit layer of a batch."""
-    inputs = dict(zip(onnx_graph.INPUTS, map(np.asarray, batch), strict=True))
+    inputs = dict(zip(onnx.INPUTS, map(np.asarray, batch), strict=True))
     return session.run(None, inputs if threshold is None else inputs | {"threshold": np.array(threshold, np.float32)})
 
 
@@ -53,12 +54,15 @@ def exported(tmp_path_factory):
     """A function that gives a case's undecided model, which takes 512 tokens, rule and file: each is made once."""
 
     @functools.cache
-    def made(model_type: str, pooling: str, weight: float, int8: bool = False):
+    def made(model_type: str, head: str, weight: float, int8: bool = False):
         sizes = {"max_position_embeddings": 514}  # 512 tokens, of MPNet too
         folder = write_model(tmp_path_factory.mktemp("model"), model_type, **sizes)
-        model, bag = undecided_model(folder, "sweet", 3, layers=(4,), pooling=pooling), random_bag(3)
-        rule = CombinedRule(3, torch.tensor([0.8, 1.5]), torch.tensor([0.0, weight]))
-        return model, bag, rule, onnx_graph.export_graph(model, bag, 0.7, rule, int8)
+        model, bag = undecided_model(folder, "sweet", 3, layers=(4,)), random_bag(3)
+        if head == "linear":
+            model = with_linear_head(load_encoder(folder, pooling="mean"), 3).eval()
+            torch.nn.init.normal_(model.heads[0].linear.weight, std=4.0)
+        rule = Rule(0.8, 1.5, weight)
+        return model, bag, rule, onnx.export_graph(model, bag, 0.7, rule, int8)
 
     return made
 
@@ -79,10 +83,10 @@ def test_answers_are_the_models(exported, case):
     (model, bag, rule, file), ways = exported(*case), set()
     session = session_of(file.SerializeToString())
     for batch in batches():
-        logits = torch.cat([bag(*batch[:2])[None], model(*batch).detach()])
-        each = rule.all_calibrated(logits).softmax(-1)  # (2, B, C)
-        for threshold in (*spaced_thresholds(11, rule.lowest), 0.0, 0.7, 1.5):
-            taken = exits_taken(rule.confidences(logits), threshold, rule.lowest)
+        first, logits = bag(*batch[:2]), model(*batch).detach()[0]
+        each = torch.stack([rule.at_exit_0(first), rule.at_full_depth(first, logits)]).softmax(-1)  # (2, B, C)
+        for threshold in (*spaced_thresholds(11, 1 / 3), 0.0, 0.7, 1.5):
+            taken = (~leaves(each[0].amax(-1), threshold, 1 / 3)).long()
             expected = each[taken, torch.arange(len(taken))]
             probabilities, confidence, layer = ask(session, batch, None if threshold == 0.7 else threshold)
             np.testing.assert_allclose(probabilities, expected, atol=1e-5)
@@ -113,7 +117,7 @@ def test_nothing_is_run_in_vain(exported):
     def spoilt(is_spoilt) -> onnxruntime.InferenceSession:
         """The file, where some weights have their first row alone, so that who reads another one raises an error."""
         spoilt = copy.deepcopy(file)
-        for weights in (weights for graph in onnx_graph.graphs_in(spoilt.graph) for weights in graph.initializer):
+        for weights in (weights for graph in onnx.graphs_in(spoilt.graph) for weights in graph.initializer):
             if is_spoilt(weights):
                 weights.raw_data = weights.raw_data[: len(weights.raw_data) // weights.dims[0]]
                 weights.dims[0] = 1
@@ -147,9 +151,9 @@ def chosen(run_of, tmp_path, command):
 def test_file_tells_what_it_is_and_the_guides_python_runs_it(chosen, tmp_path):
     """Where neither torch nor minisweet can be imported."""
     run, file = chosen("bag"), tmp_path / "tickets.onnx"
-    loaded = load_run(run, *ANSWERING, "texts", "outputs")
-    first, rows, _, promised = onnx.export_onnx(file, loaded)
-    point, record = loaded.point, loaded.record
+    classify = EarlyExitClassifier.load(run)
+    first, rows, _, promised = classify.export(file)
+    point, record = classify.operating_point, classify.record
     assert first.endswith(f"by default at threshold {point.threshold:.6g}")
     assert rows.endswith(": 0 answers or exits are not the model's")
     assert promised == point.promise != ""
@@ -175,26 +179,26 @@ def test_int8_promises_anew_against_its_own_full_depth(own_run, run_of, tmp_path
     goal, file = ("--max-lost", "30", "--sure", "60"), tmp_path / "int8.onnx"
     run = shutil.copytree(own_run if labelled else run_of("bag"), tmp_path / "run")
     if not labelled:
-        its = load_run(run, "outputs")
-        unlabelled = its.outputs._replace(labels=its.outputs.labels * 0 - 1, metric="agreement")
-        write_outputs(run / "logits.safetensors", unlabelled, its.record.id)
+        state = EarlyExitClassifier.load(run).state
+        save_choice(run, replace(state, logits=state.logits._replace(labels=state.logits.labels * 0 - 1)))
     assert command(choose, run, *goal)[0] == 0
     status, out, err = command(export, run, "--onnx", file, "--int8")
     assert status == 0, err
 
     # Every row's answers of both exits, by the file itself: at threshold 0 all leave at exit 0, at 1 nobody does.
-    session, its = session_of(file), load_run(run, "point", "outputs", "texts")
-    singles = [its.texts.batch(np.array([row])).inputs for row in range(len(its.texts))]
+    session, its = session_of(file), EarlyExitClassifier.load(run).state
+    texts = its.tokenize(its.trained.validation.first)
+    singles = [texts.batch(np.array([row])).inputs for row in range(len(texts))]
     first, last = np.log([[ask(session, one, threshold)[0][0] for one in singles] for threshold in (0.0, 1.0)])
-    numbers = {value.name: value for value in onnx_graph.onnx.load(file).graph.initializer}
-    temperatures, weights = (to_array(numbers[name]) for name in ("temperatures", "weights"))
-    logits = [first * temperatures[0], (last - weights[1] * temperatures[0] * first) * temperatures[1]]
-    own = its.outputs._replace(logits=torch.from_numpy(np.stack(logits)))  # (2, N, C)
-    point = selection.choose(own, its.point.goal, its.record.trained_keys, combines=True)
+    numbers = {value.name: to_array(value) for value in onnx.onnx.load(file).graph.initializer}
+    rule = Rule(*(float(numbers[name]) for name in Rule._fields))
+    bag = first * rule.bag_temperature
+    model = (last - rule.weight * first) * rule.temperature
+    own = its.logits._replace(bag=torch.from_numpy(bag), model=torch.from_numpy(model))
+    point = its.trained.choose(own, its.point.goal)
     told = session.get_modelmeta().custom_metadata_map
-    assert temperatures == pytest.approx(point.temperatures, rel=1e-3)
-    assert weights * temperatures[0] == pytest.approx(point.weights, rel=1e-3)
-    assert (weights[1] != 0) == ("points compared with the model" in out) == labelled
+    assert rule == pytest.approx(point.rule, rel=1e-3)
+    assert (rule.weight != 0) == labelled
     assert json.loads(told["threshold"]) == pytest.approx(point.threshold, abs=1e-4) != 1
     assert point.promise in out
     assert told["texts_at_once"] == "1"
@@ -209,22 +213,23 @@ def test_refusals(run_of, chosen, tmp_path, command, monkeypatch):
         assert (status, err.count("\n"), new.exists()) == (2, 1, False), err
         return err
 
-    def with_others(deployed, texts) -> list:
-        answers = classify(deployed, texts)
+    classify = State.classify
+
+    def with_others(state, texts) -> list:
+        answers = classify(state, texts)
         return [answers[0]._replace(label="?")] * others + answers[others:]
 
     assert "a run of train.py, which is evaluated by: python evaluate.py" in refused(run_of("mm"))
     others = 2
-    monkeypatch.setattr(onnx, "classify", with_others)
+    monkeypatch.setattr(State, "classify", with_others)
     assert re.search(r"not written: 2 of \d+ answers are not the model's", refused(run))
     others = 1  # of a thousand answers one may be another one
-    loaded = load_run(run, "point", "outputs")
-    write_chosen(run, loaded._replace(point=replace(loaded.point, precision="torch.bfloat16")))
+    state = EarlyExitClassifier.load(run).state
+    save_choice(run, replace(state, point=replace(state.point, precision="torch.bfloat16")))
     status, out, _ = command(export, run, "--onnx", new)
     assert (status, "one by one: 1 answers or exits are not" in out) == (0, True)
     assert out.endswith("made in torch.bfloat16, not for this file: choose again with --amp off\n")
     new.unlink()
-    for name in ("onnx", "onnx_graph"):
-        monkeypatch.delitem(sys.modules, f"minisweet.classifier.{name}")
+    monkeypatch.delitem(sys.modules, "minisweet.classifier.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert "onnxscript (pip install '.[onnx]')" in refused(run)

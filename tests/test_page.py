@@ -13,14 +13,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
 from minisweet import EarlyExitClassifier, NgramExit
-from minisweet.adaptive import Exits, exits_taken
-from minisweet.classifier import explain
-from minisweet.classifier.deployed import OwnRun, load_run, tokenize
+from minisweet.classifier.cascade import Logits
 from minisweet.classifier.explain import TEMPLATE, word_scores, write_page
+from minisweet.classifier.main import explain
 from minisweet.classifier.operating_point import OperatingPoint
 from minisweet.classifier.promise import Goal
-from minisweet.outputs import Outputs
-from minisweet.texts import BERTS, Examples, Texts
+from minisweet.classifier.state import State, Trained
+from minisweet.texts import BERTS, Examples
 from tests.conftest import random_bag
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -29,14 +28,15 @@ N, DEPTH = 200, 4
 STATED = {"score": 80.0, "score_interval": [74.0, 85.0], "full_depth": 82.0, "full_depth_interval": [78.0, 88.0]}
 STATED |= {"share": 0.5, "share_interval": [0.45, 0.55], "goal": Goal(), "lost": 2.0}
 STATED |= {"lost_interval": [0.5, 6.2], "choosing_texts": 50, "judging_texts": 150, "labelled_judges": 150}
+STATED |= {"exit_0": 60.0, "exit_0_interval": [50.0, 70.0], "macro_f1": 80.0}
 STATED |= {"per_class": {"support": [50, 50, 50]}, "precision": "torch.float32"}
 
 
 def test_what_spoke_is_all_where_words_are_few(run_of):
-    bag, deployed = random_bag(2), EarlyExitClassifier.load(run_of("bag")).deployed
-    deployed = deployed._replace(run=deployed.run._replace(bag=bag))
-    texts = tokenize(deployed, ["superb film"])
-    for_answer, for_other = word_scores(deployed, texts, 0)
+    bag, state = random_bag(2), EarlyExitClassifier.load(run_of("bag")).state
+    state = replace(state, trained=state.trained._replace(bag=bag))
+    texts = state.tokenize(["superb film"])
+    for_answer, for_other = word_scores(state, texts, 0)
     logits = bag(*texts.batch(np.array([0])).inputs[:2])[0] - bag.bias
     answer, other = (logits + bag.bias).argsort(descending=True)
     assert for_answer.keys() | for_other.keys() == {"superb", "film", "superb film"}
@@ -49,11 +49,13 @@ def test_commands(own_run, run_of, tmp_path, command):
     status, out, err = command(explain, own_run, "superb film")
     assert (status, "adds up words and pairs of neighbours" in out) == (0, True), err
     classify = EarlyExitClassifier.load(own_run, threshold=1.0)
-    (answer,), (last, _) = classify.classify(["superb film"]), explain.explain(classify.deployed, "superb film")[-1]
+    (answer,), (last, _) = classify.classify(["superb film"]), classify.explain(["superb film"])[0][-1]
     assert last.probabilities == pytest.approx(answer.probabilities, abs=1e-5)  # where exit 0 has a say
     assert command(explain, run_of("bag"), "--html", tmp_path / "page.html")[0] == 0
     data = data_of(tmp_path / "page.html")
-    assert len(data["words"]) == len(data["sentences"]) == len(load_run(run_of("bag"), "texts").texts)
+    assert (
+        len(data["words"]) == len(data["sentences"]) == len(EarlyExitClassifier.load(run_of("bag")).state.logits.labels)
+    )
     assert data["point"]["promise"] == ""  # since all texts run to the last exit
     assert data["point"]["goal"] == {"max_lost": 3.0, "sure": 90.0}
 
@@ -75,33 +77,34 @@ class Case:
         rng = np.random.default_rng(0)
         self.labels = rng.integers(0, 3, N)
         logits = torch.from_numpy(rng.normal(size=(2, N, 3)) + 3 * np.eye(3)[self.labels]).float()
-        exits = Exits([0, DEPTH], DEPTH)
-        self.outputs = Outputs(logits, None, torch.from_numpy(self.labels), torch.arange(N), "accuracy", exits)
+        self.logits = Logits(*logits, self.labels.copy(), np.arange(N), np.arange(N))
         self.point = OperatingPoint(threshold=0.7123, temperatures=[1.0, 0.5], weights=[0.0, 0.4], **STATED)
-        self.confidence = self.point.rule.confidences(logits)  # (2, N)
-        self.predictions = self.point.rule.all_calibrated(logits).argmax(-1).numpy()  # (2, N)
+        rule = self.point.rule
+        calibrated = torch.stack([rule.at_exit_0(logits[0]), rule.at_full_depth(*logits)])
+        self.confidence = calibrated.softmax(-1).amax(-1)  # (2, N)
+        self.predictions = calibrated.argmax(-1).numpy()  # (2, N)
         self.sentences = [f"Sentence {n} & <b>co</b>" for n in range(N)]
         arguments = SimpleNamespace(model="weights/tiny")
         self.record = SimpleNamespace(arguments=arguments, task="own", labels=["no", "yes", "<i>so</i>"], depth=DEPTH)
 
     def taken(self, threshold: float) -> np.ndarray:
         """The exit that each sentence takes: (N,), from 0."""
-        return exits_taken(self.confidence, threshold, 1 / 3).numpy()
+        return (threshold == 1) | (threshold > 1 / 3) & (self.confidence[0] < np.float32(threshold)).numpy() | 0
 
     def write(self, path: Path) -> Path:
         tokenizer = Tokenizer(WordPiece({token: n for n, token in enumerate(BERTS)}, unk_token="[UNK]"))
         tokenizer.enable_truncation(8)
-        texts = Texts(tokenizer, Examples(self.sentences, None, self.labels.tolist()))
-        bag = NgramExit(len(BERTS), 3, [0, 1, 2])
-        run = OwnRun(self.record, bag=bag, tokenizer=tokenizer, outputs=self.outputs, texts=texts, point=self.point)
-        write_page(path, SimpleNamespace(run=run, device=torch.device("cpu")))
+        rows = Examples(self.sentences, None, self.labels.tolist())
+        trained = Trained(self.record, None, None, NgramExit(len(BERTS), 3, [0, 1, 2]), tokenizer, rows)
+        about = {"threshold": self.point.threshold, "device": torch.device("cpu"), "precision": None}
+        write_page(path, State(trained=trained, logits=self.logits, point=self.point, **about))
         return path
 
 
 def test_the_file_holds_what_both_exits_said(tmp_path):
     case = Case()
     case.sentences[3] = HOSTILE
-    case.outputs.labels[7] = -1  # a row without a label is not on the page
+    case.logits.labels[7] = -1  # a row without a label is not on the page
     case.point = replace(case.point, threshold=float(case.confidence[0, 5]))
     data, kept = data_of(case.write(tmp_path / "page.html")), np.arange(N) != 7
     assert data["sentences"] == case.sentences[:7] + case.sentences[8:]

@@ -10,34 +10,38 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisweet.adaptive import ExitRule, Exits, exits_taken
-from minisweet.classifier.operating_point import classification_report, measure, wilson
-from minisweet.classifier.promise import Goal, filled, fixed_sequence, how_sure
-from minisweet.classifier.selection import choose, choosers_and_judges, thresholds_to_try
-from minisweet.outputs import Outputs
-from minisweet.sweep import sweep
+from minisweet.classifier.cascade import Answers, Logits, Rule
+from minisweet.classifier.operating_point import (
+    choose,
+    choosers_and_judges,
+    classification_report,
+    measure,
+    thresholds_to_try,
+    wilson,
+)
+from minisweet.classifier.promise import Goal, fixed_sequence, how_sure
 
 GOAL = Goal()
+PLAIN = Rule(1.0, 1.0, 0.0)  # of calibrated logits
 
 
-def random_validation(seed: int, N: int, metric="accuracy") -> Outputs:
-    """Logits of two classes with many ties, so that confidences coincide. For "agreement" no row has a label."""
+def random_validation(seed: int, N: int, has_labels: bool = True) -> Logits:
+    """Logits of two classes with many ties, so that confidences coincide."""
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(2, N, 2, generator=generator) * 2).round()
-    labels = torch.randint(0, 2, (N,), generator=generator) if metric != "agreement" else torch.full((N,), -1)
-    exits = Exits([0, 6], 6)
-    return Outputs(logits, None, labels, torch.randperm(10 * N, generator=generator)[:N], metric, exits)
+    labels = torch.randint(0, 2, (N,), generator=generator) if has_labels else torch.full((N,), -1)
+    keys = torch.randperm(10 * N, generator=generator)[:N].numpy()
+    return Logits(*logits, labels.numpy(), keys, keys)
 
 
-def two_exits(sure, early, full, labels) -> Outputs:
-    """Exits 0 and 6 by what they answer, and how sure the first one is of it: (N,) each, of two classes."""
+def two_exits(sure, early, full, labels) -> Logits:
+    """Both exits by what they answer, and how sure the first one is of it: (N,) each, of two classes."""
     logits = np.stack([np.log(sure / (1 - sure))[:, None] * np.eye(2)[early], 2 * np.eye(2)[full]])
-    keys, exits = np.random.default_rng(0).permutation(len(labels)), Exits([0, 6], 6)
-    logits, labels, keys = torch.from_numpy(logits).float(), torch.as_tensor(labels), torch.from_numpy(keys)
-    return Outputs(logits, None, labels, keys, "accuracy", exits)
+    keys = np.random.default_rng(0).permutation(len(labels))
+    return Logits(*torch.from_numpy(logits).float(), np.asarray(labels), keys, keys)
 
 
-def draw(seed: int, N: int) -> Outputs:
+def draw(seed: int, N: int) -> Logits:
     """Full depth is right on 86%. Where the first exit is sure by s, it changes 0.8 (1 - s) of full depth's answers."""
     rng = np.random.default_rng(seed)
     sure, labels = rng.uniform(0.5, 1, N), rng.integers(0, 2, N)
@@ -45,10 +49,14 @@ def draw(seed: int, N: int) -> Outputs:
     return two_exits(sure, np.where(rng.random(N) < 0.8 * (1 - sure), 1 - full, full), full, labels)
 
 
-def without_labels(rows: Outputs, has_label: np.ndarray) -> Outputs:
+def without_labels(rows: Logits, has_label: np.ndarray) -> Logits:
     """The rows, of which some alone (N,) keep their label."""
-    its = rows._replace(labels=rows.labels.where(torch.from_numpy(has_label), -1))
-    return its if has_label.any() else its._replace(metric="agreement")
+    return rows._replace(labels=np.where(has_label, rows.labels, -1))
+
+
+def plain(rows: Logits) -> Answers:
+    """The answers of calibrated logits."""
+    return PLAIN.answers(rows)
 
 
 @given(st.integers(1, 300), st.floats(0, 1), st.floats(0.001, 0.999))
@@ -63,8 +71,8 @@ def test_how_sure_texts_are_is_the_exact_binomial_test(n, part, p):
 def test_judges_stop_before_the_first_threshold_that_fails_and_never_earlier_with_more_labels(seed, N, limit, sure):
     """Each answer that early exit changes counts as lost, unless a label says that full depth was wrong."""
     rng, rows, stops = np.random.default_rng(seed), draw(seed, N), []
-    confidence, (early, full) = ExitRule(2).confidences(rows.logits)[0].numpy(), rows.logits.argmax(-1).numpy()
-    labels, place, thresholds = rows.labels.numpy(), rng.permutation(N), np.r_[np.sort(rng.uniform(0.5, 1, 12)), 1]
+    confidence, early, full, labels = (np.asarray(part) for part in plain(rows)[:4])
+    place, thresholds = rng.permutation(N), np.r_[np.sort(rng.uniform(0.5, 1, 12)), 1]
     for known in (N // 4, N // 2, N):  # whoever chose which ones
         is_lost = (early != full) & ~((place < known) & (full != labels))
         expected = 1.0
@@ -73,8 +81,8 @@ def test_judges_stop_before_the_first_threshold_that_fails_and_never_earlier_wit
                 break
             expected = threshold
         some = without_labels(rows, place < known)
-        assert fixed_sequence(filled(some), Goal(max_lost=limit, sure=sure), thresholds) == expected
-        counted, lost = (measure(0.5, these)["lost"] for these in (some, rows))
+        assert fixed_sequence(plain(some), Goal(max_lost=limit, sure=sure), thresholds) == expected
+        counted, lost = (measure(0.5, plain(these))["lost"] for these in (some, rows))
         assert lost <= counted == pytest.approx(100 * is_lost.mean())
         stops.append(expected)
     assert stops == sorted(stops, reverse=True)
@@ -84,7 +92,7 @@ def test_the_lowest_threshold_is_not_reached_past_one_that_fails():
     """Though it would pass again: of 200 texts, nine are lost at the second of four thresholds alone."""
     confidence = np.r_[np.full(9, 0.7), np.full(191, 0.95)]
     rows = two_exits(confidence, np.r_[np.ones(9, int), np.zeros(191, int)], np.zeros(200, int), np.zeros(200, int))
-    assert fixed_sequence(rows, GOAL, np.array([0.6, 0.8, 1.0])) == 0.8
+    assert fixed_sequence(plain(rows), GOAL, np.array([0.6, 0.8, 1.0])) == 0.8
 
 
 def test_promises_are_broken_in_at_most_one_of_ten_draws():
@@ -100,10 +108,10 @@ def test_a_text_counts_once_and_is_lost_if_any_of_its_rows_is():
     validation, rng = draw(0, 300), np.random.default_rng(0)
     assert choose(validation, GOAL) == choose(validation.take(rng.permutation(300)), GOAL)
     uneven = validation.take(np.arange(300).repeat(rng.integers(1, 9, 300)))
-    ours, theirs = (measure(0.7, rows) for rows in (validation, uneven))
-    assert all(theirs[key] == pytest.approx(ours[key]) for key in theirs if key != "per_class")
-    both = two_exits(np.full(2, 0.9), np.array([0, 0]), np.array([1, 1]), [0, 1])._replace(keys=torch.zeros(2).long())
-    point = measure(0.7, both)  # a text under two labels, of which one is lost
+    ours, theirs = (measure(0.7, plain(rows)) for rows in (validation, uneven))
+    assert all(theirs[key] == pytest.approx(ours[key]) for key in theirs.keys() - {"per_class", "macro_f1"})
+    both = two_exits(np.full(2, 0.9), np.array([0, 0]), np.array([1, 1]), [0, 1])._replace(keys=np.zeros(2, int))
+    point = measure(0.7, plain(both))  # a text under two labels, of which one is lost
     assert (point["judging_texts"], point["lost"], point["score"]) == (1, 100, 50)
 
 
@@ -112,14 +120,14 @@ def test_choosers_and_judges_are_dealt_by_a_hash_and_a_group_judges_by_one_text(
     """Whatever the labels are, how often a text is there, and in which order. Rows without a label are dealt apart."""
     rows, rng = draw(5, 300), np.random.default_rng(0)
     groups = rng.integers(0, 80, 300) if is_grouped else np.arange(300)
-    rows = rows._replace(units=rows.keys[groups] if is_grouped else None)  # group n goes by the key of row n
+    rows = rows._replace(units=rows.keys[groups])  # group n goes by the key of row n
     rows.labels[groups % 2 == 0] = -1
 
-    def sides(rows: Outputs) -> list[set[int]]:
+    def sides(rows: Logits) -> list[set[int]]:
         return [{*rows.keys[side].tolist()} for side in choosers_and_judges(rows)[:2]]
 
     choosing, judging = sides(rows)
-    others = rows._replace(labels=torch.where(rows.labels < 0, -1, 1 - rows.labels))
+    others = rows._replace(labels=np.where(rows.labels < 0, -1, 1 - rows.labels))
     for same in (others, rows.take(rng.permutation(300).repeat(rng.integers(1, 4, 300)))):
         assert sides(same) == [choosing, judging]
     group_of = dict(zip(rows.keys.tolist(), groups.tolist(), strict=True))
@@ -143,8 +151,9 @@ def test_who_judges_follows_from_the_choosers_and_two_counts_alone(labelled, all
     """Of 2,000 texts. With few labels all judge. With 300 half of what differs counts as lost, with more 86 of 100."""
     rows = without_labels(draw(7, 2000), np.arange(2000) < labelled)
     choosing, judging, _ = choosers_and_judges(rows)
-    strange = random_validation(0, 2000)._replace(keys=rows.keys, metric=rows.metric)
-    strange.logits[:, choosing], strange.labels[choosing] = rows.logits[:, choosing], rows.labels[choosing]
+    strange = random_validation(0, 2000)._replace(keys=rows.keys, units=rows.units)
+    for ours, theirs in zip(strange[:3], rows[:3], strict=True):
+        ours[choosing] = theirs[choosing]
     strange.labels[labelled:] = -1
     points = [choose(its, GOAL) for its in (rows, strange)]  # whatever the judges are
     for point in points:
@@ -161,41 +170,40 @@ def test_without_a_label_full_depth_may_be_wrong_and_the_interval_says_so():
 
 @pytest.mark.parametrize("N", [800, 160])
 def test_where_exit_0_has_a_say_full_depth_is_everywhere_the_rules(N):
-    rng, labels, exits = np.random.default_rng(13), torch.arange(N) % 3, Exits([0, 6], 6)
-    logits = torch.from_numpy(rng.normal(size=(2, N, 3)) + 1.5 * np.eye(3)[labels]).float()
-    rows = Outputs(logits, None, labels, torch.from_numpy(rng.permutation(N)), "accuracy", exits)
+    rng, labels = np.random.default_rng(13), np.arange(N) % 3
+    bag, model = torch.from_numpy(rng.normal(size=(2, N, 3)) + 1.5 * np.eye(3)[labels]).float()
+    rows = Logits(bag, model, labels, keys := rng.permutation(N), keys)
     point, judges = choose(rows, GOAL, combines=True), rows.take(choosers_and_judges(rows)[1])
-    parts = zip(judges.logits, point.temperatures, point.weights, strict=True)
-    said = torch.stack([its / T + w * judges.logits[0] / point.temperatures[0] for its, T, w in parts])
-    torch.testing.assert_close(point.rule.all_calibrated(judges.logits), said)
-    taken = exits_taken(said.softmax(-1).amax(-1), point.threshold, 1 / 3)
-    full, early = said[-1].argmax(-1), said[taken, torch.arange(len(taken))].argmax(-1)
+    first = judges.bag / point.temperatures[0]
+    said = judges.model / point.temperatures[1] + point.weights[1] * first
+    full, early = said.argmax(-1).numpy(), first.argmax(-1).numpy()
+    stays = (first.softmax(-1).amax(-1) < np.float32(point.threshold)).numpy() | (point.threshold == 1)
+    early = np.where(stays, full, early)
     assert (point.weights[0], point.weights[1] > 0.2) == (0, True)
-    assert point.full_depth == pytest.approx(100 * (full == judges.labels).double().mean())
-    assert point.full_depth > 100 * (judges.logits[-1].argmax(-1) == judges.labels).double().mean()
-    assert point.score == pytest.approx(100 * (early == judges.labels).double().mean())
-    assert point.lost == pytest.approx(100 * ((full == judges.labels) & (early != full)).double().mean())
-    curve, _ = sweep([(ExitRule(3), np.arange(len(taken)))], judges.by(point.rule), [point.threshold])
-    found = (curve["scores"][0], curve["exit_scores"][-1], curve["speedup_ratios"][0])
-    assert found == pytest.approx((point.score, point.full_depth, point.share))
+    assert point.full_depth == pytest.approx(100 * (full == judges.labels).mean())
+    assert point.full_depth > 100 * (judges.model.argmax(-1).numpy() == judges.labels).mean()
+    assert point.score == pytest.approx(100 * (early == judges.labels).mean())
+    assert point.lost == pytest.approx(100 * ((full == judges.labels) & (early != full)).mean())
+    assert point.share == pytest.approx(stays.mean())
+    assert point.exit_0 == pytest.approx(100 * (first.argmax(-1).numpy() == judges.labels).mean())
 
 
 def test_thresholds_to_try_end_where_they_should():
-    thresholds = thresholds_to_try(draw(0, 200))
+    thresholds = thresholds_to_try(plain(draw(0, 200)))
     assert thresholds[0] > 0.5  # texts without a known word stay
     assert thresholds[-1] == 1
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("metric", ["accuracy", "agreement"])
+@pytest.mark.parametrize("has_labels", [True, False])
 @pytest.mark.parametrize("goal", [GOAL, Goal(max_lost=40.0, sure=50.0)])
-def test_intervals_hold_what_is_stated(goal, metric):
+def test_intervals_hold_what_is_stated(goal, has_labels):
     for N in (120, 40, 2, 1):
-        point = choose(random_validation(3, N, metric), goal)
+        point = choose(random_validation(3, N, has_labels), goal)
         assert point.share <= 1  # not slower than full depth
-        for name in ("score", "full_depth", "lost", "share"):
+        for name in ("score", "full_depth", "exit_0", "lost", "share"):
             ends = getattr(point, f"{name}_interval")
-            assert (ends is None) == (N == 1 or (metric != "accuracy" and name in ("score", "full_depth")))
+            assert (ends is None) == (N == 1 or (not has_labels and name in ("score", "full_depth", "exit_0")))
             assert ends is None or 0 <= ends[0] <= getattr(point, name) <= ends[1] <= 100
 
 
@@ -205,7 +213,7 @@ def test_intervals_are_as_wide_as_theory_says(n, p):
     chances = -np.diff([1, *how_sure(n, np.arange(n + 1), p)])
     assert 0.94 < chances[(low <= 100 * p) & (100 * p <= high)].sum() < 0.995
     rows = draw(n, 4000)
-    low, high = measure(0.7, rows)["share_interval"]
+    low, high = measure(0.7, plain(rows))["share_interval"]
     assert high - low == pytest.approx(2 * 1.96 * 0.4**0.5 * 0.6**0.5 / 4000**0.5, rel=0.05)  # 6 of 10 leave
 
 
@@ -235,3 +243,9 @@ def test_the_report_of_each_class_is_that_of_plain_loops(pairs):
         assert report["precision"][c] == pytest.approx(100 * right / predicted if predicted else 0)
         assert report["recall"][c] == pytest.approx(100 * right / support if support else 0)
         assert report["f1"][c] == pytest.approx(200 * right / (predicted + support) if predicted + support else 0)
+
+
+def test_macro_f1_is_the_mean_over_the_classes_that_are_there_or_are_answered():
+    labels, answers = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 3])
+    rows = Answers(torch.ones(4), answers, answers, labels, np.arange(4), np.arange(4), num_labels=5)
+    assert measure(0.5, rows)["macro_f1"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)

@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import importlib
 import inspect
 import io
 import re
@@ -23,7 +22,7 @@ from minisweet import MultiExitModel, toy
 from minisweet import __main__ as package
 from minisweet.classifier.rows import read_rows
 from minisweet.tasks import TASKS
-from tests.conftest import CHECKOUT, opinions, run, write_table
+from tests.conftest import CHECKOUT, command_of, opinions, run, write_table
 
 README, USE, PAPER = "README.md", "minisweet/classifier/README.md", "minisweet/paper/README.md"
 PLACES = ("*.md", "weights/*.md", "minisweet/**/*.md")
@@ -150,9 +149,9 @@ def test_dask_answers_a_folder_of_files(run_of, place):
 
 @functools.cache
 def options_of(module: str) -> set[str]:
-    """The options of the command that a module is, by its help."""
+    """The options of a command, by its help."""
     with redirect_stdout(io.StringIO()) as told:
-        run(importlib.import_module(module), "--help")
+        run(command_of(module), "--help")
     return set(re.findall(r"^  (?:-h, )?(--[\w-]+)", told.getvalue(), re.MULTILINE))
 
 

@@ -4,7 +4,6 @@ One table for all commands. Each row is a command, its words, and what its line 
 raises the error, and stands in that room's section. `place` makes the files that the words name.
 """
 
-import importlib
 import os
 import shlex
 import shutil
@@ -14,7 +13,7 @@ import pytest
 
 from minisweet.__main__ import COMMANDS
 from minisweet.base.files import read_json, write_json
-from tests.conftest import in_folder, opinions, run, write_model, write_rows
+from tests.conftest import command_of, in_folder, opinions, run, write_model, write_rows
 
 MODULES = COMMANDS | {"train": "train", "evaluate": "evaluate"}
 TRAIN = "--model tiny --out new --train-size 48 --epochs 1 --max-length 32"  # and then the bad words
@@ -73,9 +72,9 @@ REFUSALS = [
         (command, f"ee {words}", "ee: a run of train.py, which is evaluated by: python evaluate.py ee")
         for command, words in list(OLD.items())[1:]
     ],
-    ("predict", "no-point own.csv", "no-point: has no operating.json; first: minisweet choose no-point"),
-    ("test", "bag own.csv", "own.csv: no row has a label of the model's: "),
-    ("test", "bag bag/validation.jsonl", "bag/validation.jsonl: no row is left to test on; name other rows"),
+    ("predict", "no-point own.csv", "no-point/operating.json: not readable as JSON"),
+    ("test", "bag own.csv", "own.csv: no row is left to test on: 32 with a label that the model does not know (a, b)"),
+    ("test", "bag bag/validation.jsonl", "bag/validation.jsonl: no row is left to test on: "),
     ("predict", "bag own.csv --out own.csv", "--out: own.csv is the input"),
     ("predict", "bag own.csv --out new.txt", "new.txt: should end in .csv, .tsv, .jsonl"),
     ("explain", "bag", "TEXT: should be a text; or --html FILE and no text"),
@@ -117,7 +116,7 @@ def place(tmp_path_factory, run_of) -> Path:
 def test_bad_input_is_one_line_and_status_2(place, capsys, command, words, expected):
     before = sorted(place.rglob("*"))
     with in_folder(place):
-        status = run(importlib.import_module(MODULES[command]), *shlex.split(words))
+        status = run(command_of(MODULES[command]), *shlex.split(words))
     err = capsys.readouterr().err
     assert (status, "Traceback" in err) == (2, False), err
     *told, line = err.splitlines()  # what is told before is of the files

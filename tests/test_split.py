@@ -52,9 +52,9 @@ def own(tmp_path_factory):
         all_texts = Texts(tokenizer, rows)
         split = split_rows("own", all_texts, labels, len(dev.first) if dev else 0, dev_size)
         again = Texts(tokenizer, split.validation.examples)  # as a run reads it
-        assert (split.validation.units is None) == (not any(rows.groups or []))
-        units = split.validation.keys if split.validation.units is None else split.validation.units
-        assert units_of(again).tolist() == units.tolist()
+        units = units_of(all_texts)[split.validating]  # which are renamed, but the same
+        renamed = units_of(again)
+        assert len({*zip(units, renamed, strict=True)}) == len({*units}) == len({*renamed})
         return Sides(labels, all_texts.take(split.labelled), all_texts.take(split.unlabelled), split.validation)
 
     split.tokenizer = tokenizer
@@ -139,7 +139,7 @@ def test_groups_that_unlabelled_rows_alone_name_hold_for_labelled_ones(own):
     """Each text is also there without a label, and two of these are a thread."""
     threads = [f"thread {n // 2}" for n in range(20)]
     validation = own(ORDERS[:20], ["no", "yes"] * 10, ORDERS[:20], threads=threads).validation
-    assert (len(validation), len({*validation.units})) == (4, 2)
+    assert (len(validation), len({*units_of(validation)})) == (4, 2)
 
 
 def test_near_duplicates_of_texts_to_learn_from_are_counted(own, caplog):

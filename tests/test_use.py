@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from minisweet import EarlyExitClassifier
-from minisweet.classifier import fit, predict
-from minisweet.classifier.deployed import load_run
+from minisweet.classifier.main import fit, predict
 from minisweet.classifier.rows import SUFFIXES, read_rows, row_writer
 from tests.conftest import CHECKOUT, run
 
@@ -25,19 +24,21 @@ def test_predictions_are_those_of_the_sweep(own_run, command, tmp_path, monkeypa
 
     The bag of words has a say at full depth in one of the two cases.
     """
-    monkeypatch.setattr(predict, "WINDOW", 60)
+    monkeypatch.setattr("minisweet.classifier.main.WINDOW", 60)
     folder = own_run
     if name == "trunk":
         folder = tmp_path / "run"
         more = own_run.parent / "more.csv"
         assert command(fit, "--trunk", own_run, "--unlabelled", more, "--out", folder, "--amp", "off")[0] == 0
-    loaded = load_run(folder, "outputs", "texts", "point")
-    record, outputs, texts, rule = loaded.record, loaded.outputs, loaded.texts.examples.first, loaded.point.rule
-    assert (rule.weights[1] != 0) == (name == "own")
-    confidence = rule.confidences(outputs.logits)  # (2, N)
-    sure = confidence[0].unique()
+    state = EarlyExitClassifier.load(folder).state
+    record, logits, texts, rule = state.trained.record, state.logits, state.trained.validation.first, state.point.rule
+    assert (rule.weight != 0) == (name == "own")
+    answers, full = rule.answers(logits), rule.at_full_depth(logits.bag, logits.model)
+    confidence = np.stack([answers.confidence, full.softmax(-1).amax(-1)])  # (2, N)
+    sure = np.unique(confidence[0])
     threshold = float(sure[len(sure) // 2 : len(sure) // 2 + 2].mean())  # between two, so that about half leave
-    (taken,), (labels,), _ = outputs.decide_at([0, 1], [threshold], rule)
+    (stays,), (labels,) = answers.stay_at([threshold]), answers.decide_at([threshold])
+    taken = stays.astype(int)
     assert len(set(taken)) > 1
     words = [folder / "validation.jsonl", "--out", tmp_path / "out.csv", "--threshold", threshold]
     status, out, _ = command(predict, folder, *words)
@@ -46,7 +47,7 @@ def test_predictions_are_those_of_the_sweep(own_run, command, tmp_path, monkeypa
     assert [next(iter(row.values())) for row in found] == texts
     assert [int(row["exit_layer"]) for row in found] == np.array([0, 4])[taken].tolist()
     assert [row["predicted_label"] for row in found] == [record.labels[label] for label in labels]
-    expected = confidence.numpy()[taken, np.arange(len(taken))]
+    expected = confidence[taken, np.arange(len(taken))]
     np.testing.assert_allclose([float(row["confidence"]) for row in found], expected, atol=2e-5)
     for row in found[:20]:
         p = {name: float(row[f"p_{name}"]) for name in record.labels}

@@ -89,11 +89,16 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
             new.unlink()
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write `content` with one line per key, so that a list of 6,000 numbers stays on one line."""
+def json_lines(content: dict) -> str:
+    """`content` as JSON with one line per key, so that a list of 6,000 numbers stays on one line."""
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` as `json_lines`."""
     with written_beside(path) as new:
-        new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        new.write_text(json_lines(content))
 
 
 def read_json(path: Path) -> dict:

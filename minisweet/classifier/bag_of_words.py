@@ -43,6 +43,10 @@ class NgramExit(nn.Module):
     `special_ids` are tokens that are not words, such as [CLS].
     """
 
+    table: Tensor  # (V + buckets, C)
+    bias: Tensor  # (C,)
+    is_word: Tensor  # (V,), bool
+
     def __init__(self, vocab_size: int, num_labels: int, special_ids: Sequence[int]) -> None:
         super().__init__()
         self.buckets = BUCKETS_IF_FEW if num_labels <= FEW_CLASSES else BUCKETS
@@ -127,20 +131,15 @@ class Features:
         V, D = embeddings.shape
         known = (embeddings - embeddings.mean(0)) / embeddings.std(0).clamp(min=1e-6) / D**0.5  # of length about 1
         self.known = torch.cat([known, torch.ones(V, 1)], 1)  # (V, D+1): the ones count tokens
-        rows, sizes, dense = [], [], []
+        parts = []
         for ids, mask in batches:
-            all_rows, counts = bag.find_rows(ids, mask)  # (B, 2T)
-            rows.append(all_rows[counts.bool()])
-            sizes.append(counts.sum(1))
-            root = sizes[-1].clamp(min=1).rsqrt()[:, None]  # (B, 1)
-            is_word = counts[:, None, : ids.shape[1]].float()  # (B, 1, T)
+            all_rows, counted = bag.find_rows(ids, mask)  # (B, 2T)
+            size = counted.sum(1)  # (B,)
+            root = size.clamp(min=1).rsqrt()[:, None]  # (B, 1)
+            is_word = counted[:, None, : ids.shape[1]].float()  # (B, 1, T)
             sums = (is_word @ self.known[ids]).squeeze(1)  # (B, D+1)
-            dense.append(torch.cat([sums * root, torch.ones_like(root)], 1))
-        self.dense, sizes, rows = (
-            torch.cat(dense),
-            torch.cat(sizes),
-            torch.cat(rows),
-        )  # (N, D+2), (N,), (G,) text by text
+            parts.append((torch.cat([sums * root, torch.ones_like(root)], 1), size, all_rows[counted.bool()]))
+        self.dense, sizes, rows = map(torch.cat, zip(*parts, strict=True))  # (N, D+2), (N,), (G,) text by text
         self.has_words = (sizes > 0)[:, None]  # (N, 1)
         self.root = sizes.clamp(min=1).rsqrt()[:, None]  # (N, 1)
 

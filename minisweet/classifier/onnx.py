@@ -1,105 +1,260 @@
-"""A run as one ONNX file with early exit inside: `minisweet export RUN --onnx FILE.onnx [--int8]`.
+"""A classifier as one ONNX file, which any program with ONNX Runtime and `tokenizers` can run.
 
-onnx_graph.py makes the graph. This file tries it on validation rows, one by one, before it is written. A float32 file
-has the run's threshold and promise, because its answers are the model's. Eight bits change some answers, and so an int8
-file gets a threshold and a promise of its own, relative to its own full depth.
+torch exports the bag of words and the model. They become one graph with one `If`:
+
+    exit 0, the bag of words, answers all rows
+    If rows stay, which are those whose confidence is too low:
+        these rows alone are embedded, and run through all layers
+        the model's answers replace those of exit 0 in these rows
+
+The file is tried on validation rows, one by one, before it is written. A float32 file has the run's threshold and
+promise, because its answers are the model's. Eight bits change some answers, and so an int8 file gets a threshold and a
+promise of its own, relative to its own full depth.
+
+Of a batch's B rows, M reach the model.
 """
 
 import copy
 import json
+import logging
+import tempfile
 import time
-from dataclasses import asdict
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
-from onnx import ModelProto
-from onnx.helper import set_model_props
-from torch import Tensor
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx.compose import add_prefix
+from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info, set_model_props
+from onnx.numpy_helper import from_array
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxscript import optimizer
+from torch import Tensor, nn
 
 from minisweet.adaptive import in_float32
 from minisweet.base.commands import progress
 from minisweet.base.files import InputError, written_beside
-from minisweet.classifier.combined_rule import CombinedRule
-from minisweet.classifier.deployed import OwnRun, classify, deploy, fitted_of
-from minisweet.classifier.onnx_graph import INPUTS, export_graph, set_rule
-from minisweet.classifier.operating_point import OperatingPoint
-from minisweet.classifier.promise import METRIC_NAMES
-from minisweet.classifier.selection import choose, choosers_and_judges
+from minisweet.classifier.bag_of_words import NgramExit
+from minisweet.classifier.cascade import Rule
+from minisweet.classifier.operating_point import choosers_and_judges
+from minisweet.classifier.state import State
+from minisweet.exits import MultiExitModel
+from minisweet.fast import Dropout
 from minisweet.texts import Texts, special_tokens
 
+OPSET, IR_VERSION = 20, 10  # ONNX Runtime reads both from 1.18 on
+INPUTS, OUTPUTS = ("input_ids", "attention_mask", "token_type_ids"), ("probabilities", "confidence", "exit_layer")
+FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 
-def export_onnx(out: Path, run: OwnRun, int8: bool = False) -> list[str]:
-    """Write one file of a run, with weights of eight bits if `int8`, whole or not at all.
 
-    Returns the lines that `minisweet export` prints. Raises InputError if `out` exists, or more than one
-    float32 answer, and more than 0.1% of them, differ from the model's.
+def exported(name: str, step: nn.Module, inputs: int) -> GraphProto:
+    """A function of the first `inputs` of INPUTS as a graph. All names in it begin with `name`."""
+    tokens = tuple(torch.ones(3, 7).long() + n for n in range(inputs))  # torch.export would merge equal tensors
+    sizes = tuple(dict.fromkeys((0, 1), torch.export.Dim.AUTO) for _ in tokens)
+    program = torch.export.export(step, tokens, dynamic_shapes=sizes, strict=False)
+    made = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False, opset_version=OPSET)
+    assert made is not None
+    return add_prefix(made.model_proto, f"{name}.").graph
+
+
+class OnTokens(nn.Module):
+    """The model as a function of tokens, without dropout. Attention as in training is fewer nodes than torch's own."""
+
+    def __init__(self, model: MultiExitModel) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).requires_grad_(False).train()
+        for module in self.model.modules():
+            if isinstance(module, Dropout):
+                module.p = 0.0
+
+    def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
+        """The logits (B, C) of texts, (B, T) each."""
+        return self.model(ids, mask, types)[0]
+
+
+class Writer:
+    """Writes nodes, one by one. Values go by their names, which begin with the graph's."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[NodeProto] = []
+
+    def add(self, op: str, *inputs: str, outputs: Sequence[str] = (), **attributes: Any) -> str:
+        """Write a node. Returns its first output."""
+        outputs = outputs or [f"{self.name}.{op}.{len(self.nodes)}"]
+        self.nodes.append(make_node(op, inputs, outputs, **attributes))
+        return outputs[0]
+
+    def run(self, graph: GraphProto, *inputs: str) -> str:
+        """Write all nodes of a graph, after its inputs. Returns its output."""
+        for value, name in zip(graph.input, inputs, strict=True):
+            self.add("Identity", name, outputs=[value.name])
+        self.nodes += graph.node
+        return graph.output[0].name
+
+
+def full_depth(graph: GraphProto, rows: str, first: str, early: str) -> GraphProto:
+    """The inner graph for some rows (M,): the answers `early` (B, C), where those of full depth replace these rows'.
+
+    `first` (B, C) are exit 0's logits. Weights stand in the graph that reads them: ONNX Runtime packs them only there.
     """
-    record = run.record
-    deployed = deploy(run, device="cpu", amp="off")
-    lines = []
-    _, judging, _ = choosers_and_judges(run.outputs, record.trained_keys)
-    rows = judging if len(judging) else np.arange(len(run.texts))  # to try the file on
-    tried = run.texts.take(rows)
-    with written_beside(out, overwrite=False) as new:
-        file = export_graph(deployed.run.model, deployed.run.bag, run.point.threshold, run.point.rule, int8)
+    writer = Writer("full_depth")
+    add = writer.add
+    logits = writer.run(graph, *(add("Gather", x, rows) for x in INPUTS))  # (M, C)
+    of_bag = add("Mul", add("Gather", first, rows), "weight")
+    answers = add("Softmax", add("Add", add("Div", logits, "temperature"), of_bag))
+    places = add("Unsqueeze", rows, add("Constant", value_ints=[1]))
+    output = make_tensor_value_info(add("ScatterND", early, places, answers), FLOAT, None)
+    return make_graph(writer.nodes, writer.name, [], [output], graph.initializer)
+
+
+def write_graph(model: MultiExitModel, bag: NgramExit) -> ModelProto:
+    """Write the whole graph. Besides the inputs of the file it has the numbers of a `Rule`."""
+    writer, of_bag, C = Writer("early_exit"), exported("bag_of_words", bag, 2), model.num_labels
+    add = writer.add
+    zero, one, two, lowest = (add("Constant", value_float=value) for value in (0.0, 1.0, 2.0, 1 / C))
+    last = add("Constant", value_ints=[-1])
+    # As `leaves` of adaptive.py: at threshold 1 all rows stay.
+    limit = add("Where", add("Less", "threshold", one), "threshold", two)
+    limit = add("Where", add("LessOrEqual", "threshold", lowest), zero, limit)
+    first = add("Div", writer.run(of_bag, *INPUTS[:2]), "bag_temperature")  # (B, C)
+    early = add("Softmax", first)
+    stay = add("Not", add("GreaterOrEqual", add("ReduceMax", early, last, keepdims=0), limit))  # (B,)
+    rows = add("Squeeze", add("NonZero", stay), add("Constant", value_ints=[0]))  # (M,)
+    some = full_depth(exported("model", OnTokens(model), 3), rows, first, early)
+    same = make_tensor_value_info("same", FLOAT, None)
+    none = make_graph([make_node("Identity", [early], ["same"])], "exit_0", [], [same])
+    answers = add("If", add("Cast", add("Size", rows), to=BOOL), then_branch=some, else_branch=none)
+    add("Identity", answers, outputs=OUTPUTS[:1])
+    add("ReduceMax", answers, last, keepdims=0, outputs=OUTPUTS[1:2])
+    depth = add("Constant", value_int=len(model.encoder.layers))
+    add("Mul", add("Cast", stay, to=INT64), depth, outputs=OUTPUTS[2:])
+    inputs = [make_tensor_value_info(name, INT64, ["batch", "tokens"]) for name in INPUTS]
+    inputs += [make_tensor_value_info(name, FLOAT, []) for name in ("threshold", *Rule._fields)]
+    shapes: list[tuple[int, list[str | int]]] = [(FLOAT, ["batch", C]), (FLOAT, ["batch"]), (INT64, ["batch"])]
+    outputs = [make_tensor_value_info(name, *shape) for name, shape in zip(OUTPUTS, shapes, strict=True)]
+    graph = make_graph(writer.nodes, writer.name, inputs, outputs, of_bag.initializer)
+    return make_model(graph, opset_imports=[make_opsetid("", OPSET)], ir_version=IR_VERSION)
+
+
+def export_graph(model: MultiExitModel, bag: NgramExit, threshold: float, rule: Rule, int8: bool = False) -> ModelProto:
+    """The graph of a bag of words and a model, with a rule for their exits. `threshold` is the default of an input.
+
+    With `int8` weights have eight bits, with a scale per column. Seven of them are used: with all, products overflow on
+    processors without VNNI. The bag of words stays as it is: one scale for its whole table would change its answers.
+    Activations have one scale for all that runs at once, so that such a file takes one text at a time.
+    """
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, ExitStack() as after:
+        after.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)  # the exporters say much about themselves
+        warnings.simplefilter("ignore")
+        file = write_graph(model, bag)
+        optimizer.fold_constants(file)
+        optimizer.remove_unused_nodes(file)
         if int8:
-            point, line = choose_for_int8(file, run, rows)
-            lines.append(line)
-            set_rule(file, point.threshold, point.rule)
-            deployed = deployed._replace(run=run._replace(point=point), threshold=in_float32(point.threshold))
-        point = deployed.run.point
+            nodes = [node for graph in graphs_in(file.graph) for node in graph.node]
+            for i, node in enumerate(nodes):
+                node.name = f"{node.op_type}.{i}"
+            kept = [node.name for node in nodes if any(value.startswith("bag_of_words.") for value in node.input)]
+            options = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": True}
+            options |= {"nodes_to_exclude": kept, "extra_options": {"EnableSubgraph": True}}
+            quantize_dynamic(file, f"{folder}/int8.onnx", **options)
+            file = onnx.load(f"{folder}/int8.onnx")
+            for value in file.graph.input[: len(INPUTS)]:
+                value.type.tensor_type.shape.dim[0].dim_value = 1
+    for graph in graphs_in(file.graph):  # With shapes ONNX Runtime fuses sums and LayerNorms: batches take longer.
+        del graph.value_info[:]
+    del file.graph.input[-len(Rule._fields) :]  # which are constants from here on
+    set_rule(file, threshold, rule)
+    return file
+
+
+def set_rule(file: ModelProto, threshold: float, rule: Rule) -> None:
+    """Give a file, in place, a default threshold and a rule."""
+    new = {"threshold": threshold} | rule._asdict()
+    kept = [value for value in file.graph.initializer if value.name not in new]
+    del file.graph.initializer[:]
+    file.graph.initializer.extend(kept + [from_array(np.array(value, np.float32), name) for name, value in new.items()])
+
+
+def graphs_in(graph: GraphProto) -> Iterator[GraphProto]:
+    """A graph, and all graphs in it."""
+    yield graph
+    for attribute in (attribute for node in graph.node for attribute in node.attribute if attribute.HasField("g")):
+        yield from graphs_in(attribute.g)
+
+
+def export_onnx(out: Path, state: State, int8: bool = False) -> list[str]:
+    """Write one file of a classifier, with weights of eight bits if `int8`, whole or not at all.
+
+    The state is on the CPU, in float32 and at the threshold that was chosen. Returns the lines that `minisweet export`
+    prints. Raises InputError if `out` exists, or more than one float32 answer, and more than 0.1% of them, differ from
+    the model's.
+    """
+    trained = state.trained
+    texts = Texts(trained.tokenizer, trained.validation)
+    _, judging, _ = choosers_and_judges(state.logits, trained.record.trained_keys)
+    tried = texts.take(judging if len(judging) else np.arange(len(texts)))
+    with written_beside(out, overwrite=False) as new:
+        file = export_graph(trained.model, trained.bag, state.point.threshold, state.point.rule, int8)
+        if int8:
+            state = choose_for_int8(file, state, texts)
         (probabilities, _, layers), milliseconds = one_by_one(file, tried)
         _, full_milliseconds = one_by_one(file, tried, threshold=np.ones((), np.float32))
-        of_file = [(deployed.labels[k], layer) for k, layer in zip(probabilities.argmax(-1), layers, strict=True)]
-        of_model = [(answer.label, answer.exit_layer) for answer in classify(deployed, tried)]
+        of_file = [(state.labels[k], layer) for k, layer in zip(probabilities.argmax(-1), layers, strict=True)]
+        of_model = [(answer.label, answer.exit_layer) for answer in state.classify(tried)]
         differ = sum(ours != theirs for ours, theirs in zip(of_file, of_model, strict=True))
-        if 1000 * differ > max(1000, len(rows)) and not int8:
-            raise InputError(f"--onnx: not written: {differ} of {len(rows)} answers are not the model's")
-        lines.append(f"{len(rows):,} validation rows, one by one: {differ:,} answers or exits are not the model's")
-        at_both = f"{milliseconds:.2f} at the threshold, {full_milliseconds:.2f} at full depth"
-        lines.append(f"milliseconds per text: {at_both}")
-        metadata = {
-            "labels": record.labels,
-            "exit_layers": [0, record.depth],
-            "max_length": record.arguments.max_length,
-            "texts_at_once": 1 if int8 else None,  # None for any number
-            "threshold": deployed.threshold,
-            "goal": asdict(point.goal),
-        }
-        tokenizer = copy.deepcopy(run.tokenizer)
-        pad = special_tokens(run.tokenizer)[2]
-        tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
-        as_json = {key: json.dumps(value) for key, value in metadata.items()}
-        set_model_props(file, as_json | {"tokenizer": tokenizer.to_str()})
+        if 1000 * differ > max(1000, len(tried)) and not int8:
+            raise InputError(f"--onnx: not written: {differ} of {len(tried)} answers are not the model's")
+        lines = [f"{len(tried):,} validation rows, one by one: {differ:,} answers or exits are not the model's"]
+        lines.append(
+            f"milliseconds per text: {milliseconds:.2f} at the threshold, {full_milliseconds:.2f} at full depth"
+        )
+        describe(file, state, int8)
         new.write_bytes(file.SerializeToString())
         size = new.stat().st_size / 1e6
-    promise = point.in_words(fitted_of(record).set_aside)
-    if point.precision not in ("int8", "torch.float32"):
-        promise = f"the promise was made in {point.precision}, not for this file: choose again with --amp off"
+    promise = state.point.in_words(trained.about.set_aside)
+    if state.point.precision not in ("int8", "torch.float32"):
+        promise = f"the promise was made in {state.point.precision}, not for this file: choose again with --amp off"
     kind = "int8" if int8 else "float32"
-    first = f"{out}: {kind}, {size:.1f} MB, by default at threshold {deployed.threshold:.6g}"
+    first = f"{out}: {kind}, {size:.1f} MB, by default at threshold {state.threshold:.6g}"
     return [first, *lines, promise]
 
 
-def choose_for_int8(file: ModelProto, run: OwnRun, rows: np.ndarray) -> tuple[OperatingPoint, str]:
-    """Choose for an int8 file from its own answers. Also returns a line: what eight bits change in some rows."""
-    set_rule(file, 0.0, CombinedRule(1, torch.ones(2), torch.zeros(2)))
-    at = [
-        np.array(threshold, np.float32) for threshold in (0, 1)
-    ]  # where all texts leave at exit 0, and where none does
-    answers = [one_by_one(file, run.texts, threshold=threshold)[0][0] for threshold in at]
-    logits = torch.from_numpy(np.stack(answers)).clamp(min=1e-37).log()  # (2, N, C)
-    outputs = run.outputs._replace(logits=logits, precision="int8")
-    point = choose(outputs, run.point.goal, run.record.trained_keys, fitted_of(run.record).combines)
-    changes = int((logits[-1].argmax(-1) != run.outputs.logits[-1].argmax(-1))[rows].sum())  # of the last exit alone
-    line = f"int8: {changes:,} of {len(rows):,} answers at full depth are not the model's"
-    if outputs.metric != "agreement":
-        gap = point.full_depth - run.point.full_depth
-        metric = METRIC_NAMES[outputs.metric]
-        line += f"; {metric} {point.full_depth:.1f}, {gap:+.1f} points compared with the model"
-    return point, line
+def describe(file: ModelProto, state: State, int8: bool) -> None:
+    """Write into a file, in place, what a program needs to run it."""
+    record, tokenizer = state.trained.record, copy.deepcopy(state.trained.tokenizer)
+    metadata = {
+        "labels": record.labels,
+        "exit_layers": [0, record.depth],
+        "max_length": record.arguments.max_length,
+        "texts_at_once": 1 if int8 else None,  # None for any number
+        "threshold": state.threshold,
+        "goal": asdict(state.point.goal),
+    }
+    pad = special_tokens(tokenizer)[2]
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+    as_json = {key: json.dumps(value) for key, value in metadata.items()}
+    set_model_props(file, as_json | {"tokenizer": tokenizer.to_str()})
+
+
+def choose_for_int8(file: ModelProto, state: State, texts: Texts) -> State:
+    """Choose for an int8 file, in place, from its own answers."""
+    set_rule(file, 0.0, Rule(1.0, 1.0, 0.0))
+    # All texts leave at exit 0 at threshold 0, and none does at 1.
+    early, full = (one_by_one(file, texts, threshold=np.array(at, np.float32))[0][0] for at in (0, 1))
+    bag, model = (torch.from_numpy(part).clamp(min=1e-37).log() for part in (early, full))  # (N, C) each
+    logits = state.logits._replace(bag=bag, model=model, precision="int8")
+    point = state.trained.choose(logits, state.point.goal)
+    set_rule(file, point.threshold, point.rule)
+    return replace(state, point=point, threshold=in_float32(point.threshold))
 
 
 def one_by_one(file: ModelProto, texts: Texts, **setting: np.ndarray) -> tuple[list[np.ndarray], float]:

@@ -1,19 +1,25 @@
-"""The operating point: what is deployed, what to expect of it on new text, and the promise in words."""
+"""The operating point: the threshold that is deployed, what to expect of it on new text, and the promise in words.
+
+The units of the validation rows, which are texts or groups of texts, are split by a hash. A quarter *chooses*: it fits
+the rule of the cascade, picks the thresholds to try, and decides whether unlabelled texts join the judges. Three
+quarters *judge* the thresholds (promise.py). One text of each group judges.
+"""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
-import torch
 
-from minisweet.classifier.combined_rule import CombinedRule
-from minisweet.classifier.promise import BOTH, Goal, by_text, filled, lost_texts, scored, texts_needed
-from minisweet.classifier.split import MOST_JUDGES, UNLABELLED_PER_JUDGE
-from minisweet.metrics import score
-from minisweet.outputs import Outputs
+from minisweet.adaptive import in_float32
+from minisweet.classifier.cascade import Answers, Logits, Rule, fit_rule
+from minisweet.classifier.promise import Goal, by_text, fixed_sequence, lost_texts, most_lost, texts_needed
+from minisweet.classifier.split import MOST_JUDGES, UNLABELLED_PER_JUDGE, dealt, one_of_each
 
 CHOOSING = 4  # one in four validation texts chooses, and the rest judge
+ENOUGH = 30  # labelled answers that early exit changes; with fewer, full depth counts as right in half of them
 Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
 
 
@@ -34,6 +40,9 @@ class OperatingPoint:
     score_interval: list[float] | None
     full_depth: float
     full_depth_interval: list[float] | None
+    exit_0: float  # of the bag of words alone
+    exit_0_interval: list[float] | None
+    macro_f1: float  # of early exit
     lost: float  # of the judging texts: early exit changed the answer, and no label says that full depth was wrong
     lost_interval: list[float] | None
     share: float  # of the layers that run
@@ -44,10 +53,9 @@ class OperatingPoint:
     precision: str  # of the logits
 
     @property
-    def rule(self) -> CombinedRule:
-        """The rule of both exits."""
-        numbers = torch.tensor([self.temperatures, self.weights], dtype=torch.float32, device="cpu")
-        return CombinedRule(len(self.per_class["support"]), *numbers)
+    def rule(self) -> Rule:
+        """The rule of the cascade."""
+        return Rule(self.temperatures[0], self.temperatures[1], self.weights[1])
 
     @property
     def promise(self) -> str:
@@ -60,7 +68,7 @@ class OperatingPoint:
         words += f"{count:,} answer{'s' * (count != 1)} that the full model had right."
         words += f" In the long run at most {self.goal.max_lost:g} in 100 new texts like these are lost,"
         words += f" {self.goal.sure:g}% sure."
-        if self.labelled_judges and self.score_interval:  # the score is accuracy
+        if self.labelled_judges:
             words += f" Of {self.labelled_judges:,} labelled ones the full model had {self.full_depth:.1f} of 100"
             words += f" right, early exit {self.score:.1f}."
         return words
@@ -89,34 +97,105 @@ class OperatingPoint:
         return self.promise or self.shortfall(set_aside) or "all texts run to the last exit, and none is lost"
 
 
-def measure(threshold: float, judges: Outputs) -> dict:
-    """Measure early exit. Returns values of an `OperatingPoint`.
+def choose(logits: Logits, goal: Goal, known: Collection[int] = (), combines: bool = False) -> OperatingPoint:
+    """Choose what to deploy, from the logits of the validation rows.
 
-    The `judges` have calibrated logits.
+    `known` are keys of texts that were trained on. `combines` says whether the bag of words contributes to full depth.
+    If no text judges, the threshold is 1, and what is stated is that of all rows, without intervals.
     """
-    judged = filled(judges)
-    labelled = scored(judges)
-    _, (answers,), (costs,) = judged.decide_at(BOTH, [threshold])
-    lost, costs = lost_texts(judged, answers), by_text(judged, costs)  # (T,) each
-    ends = judged.exits.costs()
+    # 1. What the choosing texts decide before anyone looks at a judging text.
+    choosing, judging, _ = choosers_and_judges(logits, known)
+    has_judges = min(len(choosing), len(judging)) > 0
+    if not has_judges:
+        choosing = judging = np.arange(len(logits.labels))
+    rule = fit_rule(logits.take(choosing), combines)
+    choosers, judges = (rule.answers(logits.take(rows)) for rows in (choosing, judging))
+    if not unlabelled_judge(choosers, judges, goal):
+        choosers, judges = choosers.take(choosers.is_labelled), judges.take(judges.is_labelled)
+
+    # 2. What the judges say.
+    threshold = fixed_sequence(judges, goal, thresholds_to_try(choosers)) if has_judges else 1.0
+    point, alone = measure(threshold, judges), measure(0.0, judges)
+    point |= {"exit_0": alone["score"], "exit_0_interval": alone["score_interval"]}
+    point["choosing_texts"] = len(np.unique(choosers.keys))
+    point["labelled_judges"] = len(np.unique(judges.keys[judges.is_labelled]))
+    if (judges.decide_at([threshold])[0] != judges.full)[~judges.is_labelled].any():
+        point["lost_interval"][0] = 0.0  # full depth may be wrong there
+    if not has_judges:
+        point |= dict.fromkeys(("choosing_texts", "judging_texts", "labelled_judges"), 0)
+        point |= {name: None for name in point if name.endswith("_interval")}
+    point |= {"temperatures": [rule.bag_temperature, rule.temperature], "weights": [0.0, rule.weight]}
+    return OperatingPoint(threshold=threshold, goal=goal, precision=logits.precision, **point)
+
+
+def choosers_and_judges(logits: Logits, known: Collection[int] = ()) -> tuple[np.ndarray, np.ndarray, int]:
+    """The rows that choose, the rows that judge, and how many do neither, since a text of their unit is `known`.
+
+    Units with a label and units without are split separately.
+    """
+    keys, units = logits.keys, logits.units
+    is_known = np.isin(units, units[np.isin(keys, np.array([*known], dtype=np.int64))])
+    has_label = np.isin(units, units[logits.labels >= 0])
+    chooses = np.zeros(len(units), dtype=bool)
+    for kind in (has_label & ~is_known, ~has_label & ~is_known):
+        chooses[kind] = dealt(units[kind], math.ceil(len(np.unique(units[kind])) / CHOOSING), "choose")
+    judging = np.flatnonzero(~chooses & ~is_known)
+    return np.flatnonzero(chooses), judging[one_of_each(units[judging], keys[judging])], int(is_known.sum())
+
+
+def thresholds_to_try(choosers: Answers) -> np.ndarray:
+    """About a hundred thresholds in increasing order, (M,). The last one is 1.
+
+    They lie halfway between confidences of the choosing rows, so that rounding seldom changes an answer. At the first,
+    just above the lowest confidence, all texts leave at the bag of words, except those without a word that it knows.
+    """
+    confidences = np.unique(choosers.confidence.double().numpy())
+    least = in_float32(1 / choosers.num_labels + 1e-6)
+    between = ((confidences[1:] + confidences[:-1]) / 2).astype(np.float32)
+    between = between[(between > least) & (between < 1)]
+    return np.concatenate([[least], between[:: max(1, len(between) // 100)], [1.0]])
+
+
+def unlabelled_judge(choosers: Answers, judges: Answers, goal: Goal) -> bool:
+    """Whether unlabelled texts judge too, because more texts can leave early then.
+
+    Let full depth be right in a share r of the answers that early exit changes. Early exit may change k / (r `a`) of
+    all answers if `a` labelled texts judge, of which k may be lost; and k' / (r `a` + `b`) if `b` unlabelled ones judge
+    too. Only the choosing texts, `a` and `b` decide.
+    """
+    a, b = (len(np.unique(judges.keys[there])) for there in (judges.is_labelled, ~judges.is_labelled))
+    if not a:
+        return True
+    rows = choosers.take(choosers.is_labelled)
+    differ = rows.early != rows.full
+    count = int(differ.sum())
+    right = a * (0.5 if count < ENOUGH else float((differ & (rows.full == rows.labels)).sum()) / count)
+    return most_lost(a + b, goal) * right > most_lost(a, goal) * (right + b)
+
+
+def measure(threshold: float, judges: Answers) -> dict[str, Any]:
+    """Measure early exit. Returns values of an `OperatingPoint`."""
+    lost = lost_texts(judges, [threshold])[0]  # (T,)
+    sent = by_text(judges.keys, judges.stay_at([threshold])[0])  # (T,): the share of the layers that run
+    never = threshold == 1  # all answers are full depth's, at one cost
+    rows = judges.scored()
+    decided = rows.decide_at([threshold])[0]
+    report = classification_report(decided, rows.labels, rows.num_labels)
+    there = np.union1d(decided, rows.labels)  # as scikit-learn has it
     point = {
         "judging_texts": len(lost),
         "lost": 100 * float(lost.mean()),
-        "lost_interval": wilson(lost),
-        "share": float(costs.mean()),
-        "share_interval": around_mean(costs, ends[0], ends[-1]),
+        "lost_interval": [0.0, 0.0] if never else wilson(lost),
+        "share": float(sent.mean()),
+        "share_interval": [1.0, 1.0] if never else around_mean(sent),
+        "macro_f1": float(np.mean(np.array(report["f1"])[there])),
+        "per_class": report,
     }
-    if threshold == 1:  # all answers are full depth's, at one cost
-        point |= {"lost_interval": [0.0, 0.0], "share_interval": [ends[-1], ends[-1]]}
-    _, (answers,), _ = labelled.decide_at(BOTH, [threshold])
-    labels, full_depth = labelled.labels.numpy(), labelled.logits[-1].argmax(-1).numpy()
-    for name, predictions in (("score", answers), ("full_depth", full_depth)):
-        if labelled.metric == "accuracy":
-            right = by_text(labelled, predictions == labels)  # half, if one of a text's two labels is right
-            point |= {name: 100 * float(right.mean()), f"{name}_interval": wilson(right)}
-        else:
-            point |= {name: float(score(predictions, labels, labelled.metric)), f"{name}_interval": None}
-    return point | {"per_class": classification_report(answers, labels, labelled.logits.shape[-1])}
+    for name, answers in (("score", decided), ("full_depth", rows.full)):
+        right = by_text(rows.keys, answers == rows.labels)  # half, if one of a text's two labels is right
+        interval = wilson(right) if judges.is_labelled.any() else None
+        point |= {name: 100 * float(right.mean()), f"{name}_interval": interval}
+    return point
 
 
 def classification_report(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> dict[str, list]:
@@ -137,9 +216,9 @@ def wilson(values: np.ndarray) -> list[float]:
     return [100 * float(min(low, count / n)), 100 * float(max(high, count / n))]
 
 
-def around_mean(values: np.ndarray, least: float, most: float) -> list[float]:
-    """The 95% interval of a mean: the normal one, of values (T,) and of one made-up value at either end."""
-    widened = np.append(values, [least, most])
+def around_mean(values: np.ndarray) -> list[float]:
+    """The 95% interval of a mean from 0 to 1: the normal one, of values (T,) and of one made-up value at either end."""
+    widened = np.append(values, [0.0, 1.0])
     mean = values.mean()
     half = Z * widened.std() / math.sqrt(len(widened))
-    return [float(min(mean, max(least, widened.mean() - half))), float(max(mean, min(most, widened.mean() + half)))]
+    return [float(min(mean, max(0.0, widened.mean() - half))), float(max(mean, min(1.0, widened.mean() + half)))]

@@ -28,11 +28,7 @@ import numpy as np
 import torch
 
 from minisweet.base.commands import Options, number, option
-from minisweet.metrics import METRICS
-from minisweet.outputs import Outputs
-
-BOTH = [0, 1]  # the places of the exits: the bag of words, and full depth
-METRIC_NAMES = METRICS | {"agreement": "agreement with full depth"}  # the metric where no row has a label
+from minisweet.classifier.cascade import Answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,48 +61,25 @@ def most_lost(texts: int, goal: Goal) -> int:
     return int((how_sure(texts, np.arange(texts + 1), goal.max_lost / 100) >= goal.sure / 100).sum()) - 1
 
 
-def fixed_sequence(outputs: Outputs, goal: Goal, thresholds: np.ndarray) -> float:
-    """Go down the thresholds (M,) from 1, stop before the first at which the test fails, and return the last one.
-
-    `outputs` have calibrated logits and all labels.
-    """
-    _, answers, _ = outputs.decide_at(BOTH, thresholds)  # (M, N)
-    lost = lost_texts(outputs, answers)  # (M, T)
+def fixed_sequence(answers: Answers, goal: Goal, thresholds: np.ndarray) -> float:
+    """Go down the thresholds (M,) from 1, stop before the first at which the test fails, and return the last one."""
+    lost = lost_texts(answers, thresholds)  # (M, T)
     passes = how_sure(lost.shape[1], lost.sum(1), goal.max_lost / 100) >= goal.sure / 100  # (M,)
     return float(thresholds[max(np.flatnonzero(~passes[:-1]), default=-1) + 1])
 
 
-def lost_rows(outputs: Outputs, answers: np.ndarray) -> np.ndarray:
-    """Whether each row is lost by early exit's answers: (..., N) to (..., N)."""
-    labels, full_depth = outputs.labels.numpy(), outputs.logits[-1].argmax(-1).numpy()
-    return (full_depth == labels) & (answers != labels)
+def lost_texts(answers: Answers, thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Whether each text is lost at some thresholds, that is any of its rows: (M, T).
+
+    A row without a label is lost if early exit changes full depth's answer.
+    """
+    rows = answers.filled()
+    lost = (rows.full == rows.labels) & (rows.decide_at(thresholds) != rows.labels)  # (M, N)
+    return by_text(answers.keys, lost) > 0
 
 
-def lost_texts(outputs: Outputs, answers: np.ndarray) -> np.ndarray:
-    """Whether each text is lost, that is any of its rows: (..., N) to (..., T)."""
-    return by_text(outputs, lost_rows(outputs, answers)) > 0
-
-
-def by_text(outputs: Outputs, values: np.ndarray) -> np.ndarray:
-    """The mean over the rows of each distinct text: (..., N) to (..., T)."""
-    keys, order = outputs.keys.sort()
-    _, first, rows = np.unique(keys.numpy(), return_index=True, return_counts=True)  # (T,) each
-    return np.add.reduceat(values[..., order.numpy()].astype(np.float64), first, axis=-1) / rows
-
-
-def labelled(outputs: Outputs) -> Outputs:
-    """The rows that have a label."""
-    return outputs.take(np.flatnonzero(outputs.labels.numpy() >= 0))
-
-
-def filled(outputs: Outputs) -> Outputs:
-    """All rows, a missing label replaced by full depth's answer."""
-    answers = outputs.logits[-1].argmax(-1)
-    metric = outputs.metric if (outputs.labels >= 0).any() else "agreement"
-    return outputs._replace(labels=outputs.labels.where(outputs.labels >= 0, answers), metric=metric)
-
-
-def scored(outputs: Outputs) -> Outputs:
-    """The rows that are scored: those with a label, or, if none has one, all rows against full depth's answers."""
-    rows = labelled(outputs)
-    return rows if len(rows.labels) else filled(outputs)
+def by_text(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The mean over the rows of each distinct text, which have equal keys (N,): (..., N) to (..., T)."""
+    order = keys.argsort(kind="stable")
+    _, first, rows = np.unique(keys[order], return_index=True, return_counts=True)  # (T,) each
+    return np.add.reduceat(values[..., order].astype(np.float64), first, axis=-1) / rows

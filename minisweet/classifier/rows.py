@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -25,6 +25,7 @@ TEXT_COLUMNS = ("text", "sentence")  # by default, in this order
 ONE_TEXT = "join the two texts into one, or train on pairs with train.py"
 HALF = re.compile("[\ud800-\udfff]")  # half of a character (a surrogate), which UTF-8 cannot encode
 NO_LISTS = (str, bytes, Mapping, set, frozenset)  # iterables that are not lists of texts
+LabelType = Literal["str", "int", "float", "bool"]  # of labels in Python
 to_json = partial(json.dumps, ensure_ascii=False)
 
 
@@ -54,9 +55,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
             is_utf16 = file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE)
         # Only "\n" ends a line: Unicode's other line breaks may occur in a text. Bytes that are not UTF-8 are refused
         # below, with their line.
-        encoding = {"encoding": "utf-16" if is_utf16 else "utf-8-sig", "errors": "surrogateescape"}
-        with path.open(newline="\n", **encoding) as file:
-            for number, line in enumerate(file, 1):  # noqa: B007 (it is read outside)
+        encoding = "utf-16" if is_utf16 else "utf-8-sig"
+        with path.open(encoding=encoding, errors="surrogateescape", newline="\n") as texts:
+            for number, line in enumerate(texts, 1):  # noqa: B007 (it is read outside)
                 yield line
 
     try:
@@ -96,14 +97,14 @@ def all_columns(path: Path) -> list[str]:
 
 
 @contextmanager
-def row_writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[[dict], None]]:
+def row_writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[[dict], object]]:
     """Yield a function that writes a row to a file, in the format of its suffix; without a path to stdout, as CSV.
 
     The output is UTF-8, and the file appears at the end, whole. CSV and TSV have these `columns`, and an empty cell
     where a row lacks one. Raises InputError for another suffix.
     """
     suffix = _suffix(path) if path else ".csv"
-    file = sys.stdout
+    file: Any = sys.stdout
     with ExitStack() as stack:
         if path:
             new = stack.enter_context(written_beside(path))
@@ -187,9 +188,10 @@ def joined(*parts: Examples) -> Examples:
         return sum((getattr(part, field) or [None] * len(part.first) for part in parts), [])
 
     groups = values("groups")
-    groups = groups if any(groups) else None
     empty = sum(part.empty for part in parts)
-    return Examples(values("first"), None, None, names=values("names"), groups=groups, empty=empty)
+    return Examples(
+        values("first"), None, None, names=values("names"), groups=groups if any(groups) else None, empty=empty
+    )
 
 
 # --- Lists in Python
@@ -210,7 +212,7 @@ def label_name(value: object) -> str | None:
     return str(value).strip()
 
 
-def as_list(values: object) -> object:
+def as_list(values: Any) -> Any:
     """Values of numpy or pandas as a list: of items, or of rows if there is more than one column."""
     values = values.to_numpy() if hasattr(values, "to_numpy") else values
     if not isinstance(values, np.ndarray):
@@ -218,23 +220,23 @@ def as_list(values: object) -> object:
     return (values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values).tolist()
 
 
-def texts_of(texts: Iterable[str]) -> Examples:
+def texts_of(texts: Any) -> Examples:
     """A list of texts as unlabelled rows. Raises InputError, naming the item."""
     columns = list(getattr(texts, "columns", []))  # of a frame of pandas
     if len(columns) > 1:
         named = next((name for name in TEXT_COLUMNS if name in columns), columns[0])
         raise InputError(f"texts: the frame has columns {preview(columns)}; pass df[{named!r}]")
-    texts = as_list(texts)
-    if isinstance(texts, NO_LISTS) or not isinstance(texts, Iterable):
-        raise InputError(f"texts: {texts!r:.80}, should be a list; for one text: [text]")
-    texts = list(texts)
-    for i, text in enumerate(texts):
+    values = as_list(texts)
+    if isinstance(values, NO_LISTS) or not isinstance(values, Iterable):
+        raise InputError(f"texts: {values!r:.80}, should be a list; for one text: [text]")
+    values = list(values)
+    for i, text in enumerate(values):
         if not isinstance(text, str):
             is_pair = isinstance(text, tuple | list) and len(text) == 2
             raise InputError(f"item {i}: {text!r:.80}, should be one text" + f"; {ONE_TEXT}" * is_pair)
         if half := HALF.search(text):
             raise InputError(f"item {i}: it holds {half[0]!r}, half of a character; should be valid Unicode")
-    return Examples(texts, None, None)
+    return Examples(values, None, None)
 
 
 def with_text(examples: Examples, groups: Iterable | None = None, option: str = "groups") -> Examples:
@@ -247,16 +249,16 @@ def with_text(examples: Examples, groups: Iterable | None = None, option: str = 
     return examples.take(kept)._replace(empty=len(examples.first) - len(kept))
 
 
-def labelled_texts(X, y) -> tuple[Examples, str]:
+def labelled_texts(X: Any, y: Any) -> tuple[Examples, LabelType]:
     """Texts and labels as rows, and the type of the labels. Raises InputError, naming the item."""
     examples = texts_of(X)
     names, types = names_of(y, len(examples.first), "labels")
     if len(types) > 1 and types != {"int", "float"}:
         raise InputError(f"labels: {' and '.join(sorted(types))} are mixed, should be of one type")
-    return examples._replace(names=names), "float" if "float" in types else next(iter(types), "str")
+    return examples._replace(names=names), "float" if "float" in types else cast(LabelType, next(iter(types), "str"))
 
 
-def names_of(values: Iterable, count: int, title: str) -> tuple[list[str | None], set[str]]:
+def names_of(values: Any, count: int, title: str) -> tuple[list[str | None], set[str]]:
     """`count` labels or groups as text (None if empty), and the types of the others. Errors name the item."""
     values = as_list(values)
     if not isinstance(values, Iterable) or isinstance(values, NO_LISTS):

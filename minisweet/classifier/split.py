@@ -68,8 +68,7 @@ def units_of(texts: Texts) -> np.ndarray:
         (np.arange(len(texts)), np.unique(texts.keys, return_inverse=True)[1]),
         (grouped, np.unique(groups[grouped].astype(str), return_inverse=True)[1]),
     ]
-    units = texts.keys.copy()
-    before = None
+    units, before = texts.keys.copy(), texts.keys[:0]
     while not np.array_equal(units, before):  # a chain of links takes several rounds
         before = units.copy()
         for rows, places in links:
@@ -102,9 +101,17 @@ def one_of_each(units: np.ndarray, keys: np.ndarray) -> np.ndarray:
 class Split(NamedTuple):
     """Who learns and who validates, of some `Texts`."""
 
+    labels: Sequence[str]  # (C,)
+    texts: Texts  # all rows
     labelled: np.ndarray  # (n,), the rows to learn from with their labels
     unlabelled: np.ndarray  # (n,), the rows to learn from with a model's answers
-    validation: Texts  # with and without labels; `units` are set if there are groups
+    validation: Texts  # with and without labels; groups go by the names of their units
+    validating: np.ndarray  # (n,), the rows of `validation`
+
+    @property
+    def learning(self) -> np.ndarray:
+        """The rows to learn from, first those with labels."""
+        return np.concatenate([self.labelled, self.unlabelled])
 
 
 def split_rows(name: str, texts: Texts, labels: Sequence[str], given: int, dev_size: float) -> Split:
@@ -119,14 +126,14 @@ def split_rows(name: str, texts: Texts, labels: Sequence[str], given: int, dev_s
 
     Raises InputError if the rows have fewer than two classes, or none is left on a side.
     """
-    texts.units = units_of(texts)
+    units = units_of(texts)
     end = len(texts) - given
     if not labels or not end:
         raise InputError(f"{name}: no row has a label")
     labelled, unlabelled = np.flatnonzero(texts.labels[:end] >= 0), np.flatnonzero(texts.labels[:end] < 0)
     if given:
         learning, validating = labelled, np.arange(end, len(texts))
-        is_apart = ~np.isin(texts.units[validating], texts.units[labelled])
+        is_apart = ~np.isin(units[validating], units[labelled])
         # A text that is also learned from stays. It does not count when thresholds are chosen, and is reported there.
         is_apart |= np.isin(texts.keys[validating], texts.keys[labelled])
         if not is_apart.all():
@@ -135,8 +142,8 @@ def split_rows(name: str, texts: Texts, labels: Sequence[str], given: int, dev_s
     else:
         if len(classes := np.unique(texts.labels[labelled])) == 1:
             raise InputError(f"{name}: all rows have the label {labels[classes[0]]!r:.60}, needs two or more")
-        units = texts.units[labelled]
-        is_aside = dealt(units, round(dev_size * len(np.unique(units))), "set aside")
+        of_labelled = units[labelled]
+        is_aside = dealt(of_labelled, round(dev_size * len(np.unique(of_labelled))), "set aside")
         learning, validating = labelled[~is_aside], labelled[is_aside]
         if len(labelled) and not (len(learning) and len(validating)):
             raise InputError(f"{name}: too few rows: no text can be set aside, or none is left to learn from")
@@ -144,7 +151,7 @@ def split_rows(name: str, texts: Texts, labels: Sequence[str], given: int, dev_s
         if lacking := [labels[n] for n in np.setdiff1d(texts.labels[labelled], texts.labels[rows])]:
             LOG.warning("no row to %s has the label %s", purpose, preview(lacking))
     judges = 0 if given else MOST_JUDGES  # rows that are given may come from another source than the others
-    answered, judging, apart = deal_unlabelled(texts, unlabelled, learning, validating, judges)
+    answered, judging, apart = deal_unlabelled(texts.keys, units, unlabelled, learning, validating, judges)
     if not len(validating) + len(judging):
         shortage = f"{len(answered)} unlabelled ones, needs at least {UNLABELLED_PER_JUDGE}"
         shortage = "the groups of all that were given are trained on" if given else shortage
@@ -154,24 +161,26 @@ def split_rows(name: str, texts: Texts, labels: Sequence[str], given: int, dev_s
         known = len(unlabelled) - len(answered) - len(judging) - apart
         left_out = f"{known:,} also labelled, or duplicates" + f", {apart:,} in groups of validation rows" * (apart > 0)
         LOG.info("unlabelled texts: %s; left out: %s", counts, left_out)
-    validation = texts.take(np.concatenate([validating, judging]))
-    units = validation.units
-    validation.units = None
+    rows = np.concatenate([validating, judging])
+    validation = texts.take(rows)
     if validation.examples.groups:  # renamed to their units, so that merged groups stay merged when a run is loaded
-        validation.examples = validation.examples._replace(groups=[str(unit) for unit in units])
-        validation.units = units_of(validation)
-    return Split(learning, answered, validation)
+        validation.examples = validation.examples._replace(groups=[str(unit) for unit in units[rows]])
+    return Split(labels, texts, learning, answered, validation, rows)
 
 
 def deal_unlabelled(
-    texts: Texts, unlabelled: np.ndarray, learning: np.ndarray, validating: np.ndarray, most: int
+    keys: np.ndarray,
+    units: np.ndarray,
+    unlabelled: np.ndarray,
+    learning: np.ndarray,
+    validating: np.ndarray,
+    most: int,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Split unlabelled rows (n,): one unit in UNLABELLED_PER_JUDGE validates, but at most `most`, and the others train.
 
     Duplicates, and texts that are labelled too, are dropped. Rows of a unit with labelled training rows train. Rows of
     a unit with labelled validation rows are dropped, and the third value is their number.
     """
-    keys, units = texts.keys, texts.units
     new = unlabelled[np.sort(np.unique(keys[unlabelled], return_index=True)[1])]
     new = new[~np.isin(keys[new], keys[np.concatenate([learning, validating])])]
     apart = np.isin(units[new], units[validating])

@@ -5,11 +5,12 @@ Dimension letter: C classes.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from minisweet.base.files import LOG, InputError, read_json
 from minisweet.checkpoint import load_parts
-from minisweet.classifier.deployed import fitted_of, load_run
+from minisweet.classifier.folder import load_model, read_fit_record
+from minisweet.classifier.rows import LabelType
 from minisweet.exits import MultiExitModel
 from minisweet.run import is_run
 
@@ -19,7 +20,8 @@ class Trunk(NamedTuple):
 
     model: MultiExitModel  # with one exit, at its end
     labels: list[str]  # (C,)
-    label_type: str = "str"  # this and the next three are those of a run
+    head: Literal["linear", "pooler"] = "pooler"  # this and the next four are those of a run
+    label_type: LabelType = "str"
     trained_keys: Sequence[int] = ()
     trained_groups: Sequence[str] = ()
     max_length: int | None = None
@@ -31,18 +33,17 @@ def load_trunk(folder: Path) -> Trunk:
     The labels of a classifier that is not a run are those of id2label, or LABEL_0 and LABEL_1.
     """
     if is_run(folder):
-        record, model, *_ = load_run(folder, "model")
-        fitted = fitted_of(record)
-        length = record.arguments.max_length
-        return Trunk(model, record.labels, fitted.label_type, record.trained_keys, fitted.trained_groups, length)
+        record, about = read_fit_record(folder)
+        model, seen = load_model(folder, record, about), (record.trained_keys, about.trained_groups)
+        return Trunk(model, record.labels, about.head, about.label_type, *seen, record.arguments.max_length)
     if not folder.is_dir():
         message = f"{folder} is not a folder; should be a run, or a classifier in the Hugging Face layout"
         raise InputError(message, "trunk")
     path = folder / "config.json"
     content = read_json(path)
     names = content.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    labels = [names.get(str(n)) for n in range(len(names))] if isinstance(names, dict) else [None]
-    if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+    labels = [names.get(str(n)) for n in range(len(names))] if isinstance(names, dict) else []
+    if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
         raise InputError(f"{path}: id2label is {names!r:.120}, should give the classes 0, 1, ... a text each")
     wanted = "single_label_classification"
     problem_type = content.get("problem_type")
@@ -51,7 +52,6 @@ def load_trunk(folder: Path) -> Trunk:
     if labels == [f"LABEL_{number}" for number in range(len(labels))]:
         LOG.warning("%s: its labels have no names; write them into id2label of its config.json", folder)
     parts = load_parts(folder, num_labels=len(labels))
-    encoder = parts["encoder"]
-    model = MultiExitModel(encoder, (len(encoder.layers),), len(labels))  # its pooler is the checkpoint's
-    model.heads[0].classifier.load_state_dict(parts["classifier"].state_dict())
-    return Trunk(model.eval(), labels)
+    model = MultiExitModel(parts.encoder, (len(parts.encoder.layers),), len(labels))  # its pooler is the checkpoint's
+    model.heads[0].get_submodule("classifier").load_state_dict(parts["classifier"].state_dict())
+    return Trunk(model.eval(), [str(label) for label in labels])

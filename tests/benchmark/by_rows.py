@@ -20,11 +20,8 @@ import numpy as np
 from minisweet import EarlyExitClassifier
 from minisweet.base.commands import Parser, list_of, one_of, run_command, whole_number
 from minisweet.base.files import InputError
-from minisweet.classifier.deployed import ask_exits, tokenize
 from minisweet.classifier.operating_point import classification_report
-from minisweet.classifier.promise import BOTH
 from minisweet.hub import home
-from minisweet.outputs import Outputs
 from minisweet.tasks import load_examples
 from minisweet.texts import Examples
 from tests.benchmark import CLASSIFIER, commit, read_rows, write_rows
@@ -34,14 +31,6 @@ SMALL = "minilm-l6"
 TEST_ROWS, LIST_TEST_ROWS = 2500, 5000  # at most
 GOAL, STRICT = 3, 1  # of 100 texts may be lost; the first is the default
 MOST_TO_SETFIT = 400  # labelled rows; it takes long
-
-
-def decide(classify: EarlyExitClassifier, outputs: Outputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The answers of full depth and of what is deployed, and what these cost: (N,) each."""
-    point = classify.operating_point
-    rows = outputs.by(point.rule)
-    _, (answers,), (costs,) = rows.decide_at(BOTH, [point.threshold])
-    return rows.logits[-1].argmax(-1).numpy(), answers, costs
 
 
 def measure(classify: EarlyExitClassifier, labelled: Examples, more: Examples, test: Examples) -> Iterator[dict]:
@@ -56,16 +45,16 @@ def measure(classify: EarlyExitClassifier, labelled: Examples, more: Examples, t
         return found | {"minutes": "", "precision": precision, "commit": commit()} | about
 
     def deployed(**about: object) -> dict:
-        full, answers, costs = decide(classify, outputs)
-        lost = 100 * float(((full == right) & (answers != right)).mean())
-        return row("deployed", answers, float(costs.mean()), lost=lost, **about)
+        (early,), (stays,) = (choice([classify.state.threshold]) for choice in (answers.decide_at, answers.stay_at))
+        lost = 100 * float(((answers.full == right) & (early != right)).mean())
+        return row("deployed", early, float(stays.mean()), lost=lost, **about)
 
     started = time.perf_counter()
     classify.fit(labelled.texts(), labelled.labels, unlabelled=more.texts() or None)
-    minutes, run = (time.perf_counter() - started) / 60, classify.deployed.run
-    outputs = ask_exits(run.model, run.bag, tokenize(classify.deployed, test.texts()), None)
-    yield row("exit 0", outputs.logits[0].argmax(-1).numpy(), 0.0)
-    yield row("full depth", decide(classify, outputs)[0], 1.0, minutes=minutes)
+    minutes = (time.perf_counter() - started) / 60
+    answers = classify.state.ask(classify.state.tokenize(test.texts()))
+    yield row("exit 0", answers.early, 0.0)
+    yield row("full depth", answers.full, 1.0, minutes=minutes)
     for goal in (STRICT, GOAL):
         classify.choose(max_lost=goal)
         yield deployed(goal=goal)

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from minisweet import load_encoder
-from minisweet.classifier import teacher
+from minisweet.classifier import probe
 from minisweet.hub import model_folder
 from minisweet.texts import Examples, Texts, load_tokenizer
 
@@ -30,7 +30,7 @@ def minilm() -> tuple:
 def embed(texts: list[str]) -> np.ndarray:
     """Texts (N,) to normalised means of MiniLM's last hidden states: (N, D)."""
     encoder, tokenizer = minilm()
-    return teacher.embed(encoder, Texts(tokenizer, Examples(texts, None, None))).numpy()
+    return probe.embed(encoder, Texts(tokenizer, Examples(texts, None, None))).numpy()
 
 
 def fit_rival(name: str, train: Examples) -> Answer:

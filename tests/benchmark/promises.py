@@ -9,19 +9,17 @@ pool says what comes true.
 Dimension letters: N rows, T distinct texts, U units, C classes.
 """
 
-import json
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import safe_open
 
-from minisweet.adaptive import Exits
 from minisweet.base.commands import Parser, run_command, whole_number
-from minisweet.classifier.promise import BOTH, Goal, by_text, lost_texts
-from minisweet.classifier.selection import choose
+from minisweet.classifier.cascade import Logits
+from minisweet.classifier.operating_point import choose
+from minisweet.classifier.promise import Goal, by_text, lost_texts
 from minisweet.classifier.split import UNLABELLED_PER_JUDGE, dealt
-from minisweet.outputs import Outputs
 from tests.benchmark import CLASSIFIER, commit, write_rows
 
 GOAL = Goal()
@@ -34,7 +32,7 @@ class Line(NamedTuple):
     """A kind of draws. The texts of its pool are counted from 0 by its keys, and groups of them by its units."""
 
     name: str
-    pool: Outputs
+    pool: Logits
     labelled: int  # units that are drawn with labels
     unlabelled: int = 0  # and without
     dev_size: float = 0.2
@@ -43,7 +41,7 @@ class Line(NamedTuple):
     repeated: float = 0.0  # share of new texts that repeat some
 
 
-def set_aside(line: Line, seed: int, rng: np.random.Generator, often: np.ndarray) -> Outputs:
+def set_aside(line: Line, seed: int, rng: np.random.Generator, often: np.ndarray) -> Logits:
     """The rows of a drawn file that are set aside. One that has no label there has -1."""
     pool, count, sizes = line.pool, line.labelled + line.unlabelled, np.bincount(line.pool.units)
     again, nth = rng.random(count) < line.repeated, np.arange(count)
@@ -52,13 +50,12 @@ def set_aside(line: Line, seed: int, rng: np.random.Generator, often: np.ndarray
     places, starts, many = np.arange(sizes.max()), sizes.cumsum() - sizes, sizes[drawn]
     file = pool.take((starts[drawn, None] + places)[places < many[:, None]])
     units, is_labelled = np.repeat(copies, many), np.repeat(nth < line.labelled, many)
-    keys, kept = units * len(pool.keys) + file.keys.numpy(), np.zeros(len(units), dtype=bool)
+    keys, kept = units * len(pool.keys) + file.keys, np.zeros(len(units), dtype=bool)
     units = units if line.by_group else keys
     sides = {"set aside": (is_labelled, line.dev_size), "unlabelled": (~is_labelled, 1 / UNLABELLED_PER_JUDGE)}
     for purpose, (side, share) in sides.items():
         kept[side] = dealt(units[side], round(share * len(np.unique(units[side]))), purpose)
-    keys, units, is_labelled = map(torch.from_numpy, (keys, units, is_labelled))
-    labels = file.labels.where(is_labelled, -1)
+    labels = np.where(is_labelled, file.labels, -1)
     return file._replace(labels=labels, keys=keys, units=units).take(np.flatnonzero(kept))
 
 
@@ -67,12 +64,11 @@ def outcome(line: Line, seed: int) -> list[float]:
     pool, rng = line.pool, np.random.default_rng(seed)
     units = (pool.units if line.by_group else pool.keys)[np.unique(pool.keys, return_index=True)[1]]  # of texts: (T,)
     sizes = np.bincount(units)  # (U,)
-    outputs = set_aside(line, seed, rng, often := rng.permutation(len(sizes))[:OFTEN])
-    point = choose(outputs, GOAL, combines=line.combines)
-    deployed = pool.by(point.rule)
-    _, (answers,), (costs,) = deployed.decide_at(BOTH, [point.threshold])
-    right = by_text(deployed, np.stack([answers, deployed.logits[-1].argmax(-1)]) == deployed.labels.numpy())
-    values = 100 * np.stack([lost_texts(deployed, answers), by_text(deployed, costs), *right])  # (4, T)
+    logits = set_aside(line, seed, rng, often := rng.permutation(len(sizes))[:OFTEN])
+    point = choose(logits, GOAL, combines=line.combines)
+    answers, at = point.rule.answers(pool), [point.threshold]
+    right = by_text(pool.keys, np.concatenate([answers.decide_at(at), [answers.full]]) == pool.labels)
+    values = 100 * np.stack([*lost_texts(answers, at), *by_text(pool.keys, answers.stay_at(at)), *right])  # (4, T)
     weights = np.full(len(sizes), (1 - line.repeated) / len(sizes))
     weights[often] += line.repeated / OFTEN
     truth = values @ (weights / sizes)[units]
@@ -81,12 +77,12 @@ def outcome(line: Line, seed: int) -> list[float]:
     return [point.judging_texts, 100 * (truth[0] > GOAL.max_lost), *truth, *(100 * held)]
 
 
-def repeated_rows(pool: Outputs, rng: np.random.Generator, are_groups: bool) -> Outputs:
+def repeated_rows(pool: Logits, rng: np.random.Generator, are_groups: bool) -> Logits:
     """Up to eight rows of groups that may be lost and of texts that may not, else four; one in ten is as another's."""
-    differ = (pool.logits[0].argmax(-1) != pool.logits[-1].argmax(-1)).numpy()
+    differ = (pool.bag.argmax(-1) != pool.model.argmax(-1)).numpy()
     units = np.repeat(np.arange(len(differ)), rng.integers(1, np.where(differ == are_groups, 9, 5)))
     rows = np.where(rng.random(len(units)) < 0.1, rng.integers(len(differ), size=len(units)), units)
-    groups = pool.take(rows)._replace(keys=torch.arange(len(rows)), units=torch.from_numpy(units))
+    groups = pool.take(rows)._replace(keys=np.arange(len(rows)), units=units)
     return groups if are_groups else pool.take(units)._replace(labels=groups.labels)
 
 
@@ -95,10 +91,9 @@ def lines() -> list[Line]:
     two, some, found = {}, (300, 4700), []
     with safe_open(CLASSIFIER / "pools.safetensors", "pt") as file:
         for key, name in (("sst2", "SST-2"), ("qqp", "QQP"), ("own", "Debian-12")):
-            layers, depth = json.loads(file.metadata()[key]).values()
-            logits, labels = file.get_tensor(f"{key}.logits"), file.get_tensor(f"{key}.labels").long()
-            exits, texts = Exits(layers, depth), torch.arange(len(labels))
-            two[name] = Outputs(logits, None, labels, texts, "accuracy", exits, units=texts)  # a text a row
+            logits, labels = file.get_tensor(f"{key}.logits"), file.get_tensor(f"{key}.labels").long().numpy()
+            texts = np.arange(len(labels))
+            two[name] = Logits(*logits.float(), labels, texts, texts)  # a text a row
     for name, pool in two.items():
         found += [Line(f"{name}, {n:,}", pool, n) for n in (1600, 6000)]
         found.append(Line(f"{name}, 300 and 4,700 unlabelled", pool, *some))
