@@ -95,7 +95,7 @@ def _make_group(level: str, goods: list[str], names: list[str], rng: random.Rand
 
 def main() -> None:
     """Write a first file of labelled texts for minisweet fit: 2,000 sentences, three in four of them easy."""
-    parser = Parser(main.__doc__)
+    parser = Parser(main.__doc__ or "")
     parser.add_argument("file", type=path_to(".csv"), metavar="FILE.csv", help="a new file, of columns text and label")
     path = parser.parse_args().file
     rows = sorted(zip(*make_toy("train"), strict=True), key=lambda row: LEVELS.index(row[2]) > 0)  # 1,500 are easy
