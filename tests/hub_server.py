@@ -19,7 +19,6 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files: dict[str, bytes] = {}  # path -> content
-        self.cut = False  # files end before their stated length
         self.requests: list[tuple[str, str | None]] = []  # path, token
 
     def add_repository(self, repository: str, files: dict[str, bytes]) -> None:
@@ -57,7 +56,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, str(value))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content[: len(content) // 2] if self.server.cut else content)
+            self.wfile.write(content)
 
     do_HEAD = do_GET
 

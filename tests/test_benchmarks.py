@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 from itertools import product
 from pathlib import Path
@@ -169,7 +168,6 @@ def test_speed_is_measured_like_for_like(copies, run_of, monkeypatch):
             found.setdefault(side, (1.0, getattr(sys.modules[module], name)(*rest)()))
         return found
 
-    monkeypatch.setitem(sys.modules, "onnx_side", importlib.import_module("tests.benchmark.onnx_side"))
     monkeypatch.setattr(speed, "take_turns", take_turns)
     assert run(speed, run_of("bag"), "--turns", 1, "--texts", 32, "--write") == 0
     rows = [row for row in read_rows(copies / "CLASSIFIER" / "speed.csv") if row["model"] == "tiny"]
@@ -177,9 +175,3 @@ def test_speed_is_measured_like_for_like(copies, run_of, monkeypatch):
     assert [(kind, [row["precision"] for row in rows].count(kind)) for kind, _ in kinds] == kinds
     full = {row["score"] for row in rows if row["precision"] == "float32" and row["share"] == "1.00"}
     assert len(full) <= 2  # one model; the bag of words has a say in ours
-
-
-def test_the_process_of_onnx_runtime_holds_neither_torch_nor_minisweet():
-    pytest.importorskip("onnxruntime", reason="onnxruntime, which the timings need, is missing")
-    code = speed.SIDE.partition("module, name")[0] + "import onnx_side; print({'torch', 'minisweet'} & {*sys.modules})"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=CHECKOUT, text=True) == "set()\n"

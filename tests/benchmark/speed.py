@@ -18,6 +18,7 @@ from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -34,7 +35,6 @@ from tests.benchmark.linear import RIVALS, SETFIT, fit_rival
 HERE = "tests.benchmark.speed"
 SIDE = """
 import importlib, json, sys, time
-sys.path.append("tests/benchmark")  # of onnx_side, whose package would import torch
 module, name, arguments = json.loads(sys.argv[1])
 step = getattr(importlib.import_module(module), name)(*arguments)
 for _ in sys.stdin:
@@ -42,6 +42,7 @@ for _ in sys.stdin:
     answers = step()
     print(json.dumps([time.perf_counter() - start, answers]), flush=True)
 """
+FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 POINTS = {"exit 0 alone": 0.0, "full depth": 1.0, "deployed": None}  # thresholds
 
 
@@ -73,6 +74,25 @@ def theirs(texts: str, batch: int, folder: str, classes: int, words: str, bf16: 
     def answer(part: list[str]) -> list:
         scores = model(**tokenizer(part, padding=True, truncation=True, return_tensors="pt")).logits
         return [(label, None) for label in scores.argmax(-1).tolist()]
+
+    return in_batches(texts, batch, answer)
+
+
+def by_onnx(texts: str, batch: int, file: str, tokenizer: str, threshold: float | None) -> Callable[[], list]:
+    """An ONNX file, ours or the exported full model, by ONNX Runtime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    fields = {value.name: FIELDS[value.name] for value in session.get_inputs() if value.name in FIELDS}
+    encode = Tokenizer.from_file(tokenizer).encode_batch
+    setting = {} if threshold is None else {"threshold": np.array(threshold, np.float32)}
+
+    def answer(part: list[str]) -> list:
+        encoded = encode(part)
+        inputs = {name: np.array([getattr(text, field) for text in encoded]) for name, field in fields.items()}
+        scores, *more = session.run(None, inputs | setting)
+        layers = more[1].tolist() if more else [None] * len(scores)
+        return list(zip(scores.argmax(-1).tolist(), layers, strict=True))
 
     return in_batches(texts, batch, answer)
 
@@ -134,7 +154,7 @@ def sides_of(run: Path, place: Path) -> dict[tuple[str, str], tuple]:
         files = {f"our file, {point}": ("ours", at) for point, at in POINTS.items()}
         files = {"ONNX Runtime": ("theirs", None)} | files
         for name, (file, threshold) in files.items():
-            sides[kind, name] = "onnx_side", "step_of", (f"{place}/{file}-{kind}.onnx", f"{place}/words", threshold)
+            sides[kind, name] = HERE, "by_onnx", (f"{place}/{file}-{kind}.onnx", f"{place}/words", threshold)
     return dict(sorted(sides.items(), key=lambda side: ("float32", "bfloat16", "int8").index(side[0][0])))
 
 
