@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from minisweet import load_encoder
 from minisweet.base.files import InputError
 from minisweet.classifier.fit import load_trunk
+from minisweet.hub import home
 from tests.conftest import CONFIGS, random_batch, reconfigure, rewrite, without_1, write_classifier, write_model
 
 
@@ -142,3 +143,27 @@ def test_a_classifier_that_is_no_trunk_is_refused(tmp_path, changes, words):
     rewrite(folder, lambda tensors: {name: t for name, t in tensors.items() if name != changes.get("left_out")})
     with pytest.raises(InputError, match=re.escape(words)):
         load_trunk(folder)
+
+
+PUBLISHED = {  # last hidden states [0, 1:4, 1:4], as published with the reference implementations of these checkpoints
+    "bert-base": (
+        [0, 345, 232, 328, 740, 140, 1695, 69, 6078, 1588, 2],
+        [[0.4249, 0.1008, 0.7531], [0.3771, 0.1188, 0.7467], [0.4152, 0.1098, 0.7108]],
+    ),
+    "deberta-base": (
+        [0, 31414, 232, 328, 740, 1140, 12695, 69, 46078, 1588, 2],
+        [[-0.5986, -0.8055, -0.8462], [1.4484, -0.9348, -0.8059], [0.3123, 0.0032, -1.4131]],
+    ),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_public_weights_give_the_published_hidden_states(model):
+    folder = home() / "weights" / model
+    if not folder.is_dir():
+        pytest.skip(f"weights/{model} is not at hand")
+    ids, expected = map(torch.tensor, PUBLISHED[model])
+    mask = torch.tensor([[0] + [1] * 10])  # hides the first token, as in the publication
+    with torch.no_grad():
+        hidden = load_encoder(folder)(ids[None], mask)[-1]
+    torch.testing.assert_close(hidden[0, 1:4, 1:4], expected, atol=1e-4, rtol=0)

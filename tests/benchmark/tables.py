@@ -248,8 +248,19 @@ def speed() -> dict[str, str]:
 
 
 def count_lines(row: re.Match) -> str:
-    """A row of README's table of files, with the file's lines."""
-    return f"| {len((CHECKOUT / row[2]).read_text(encoding='utf-8').splitlines())} | {row[1]}"
+    """A row of README's table of files, with the lines of each; a folder's are those of files without a row."""
+    listed = set(re.findall(r"\]\(([^)]*\.py)\)", row.string))
+    counts = []
+    for place in re.findall(r"\]\(([^)]*)\)", row[1]):
+        inner = {"minisweet/paper", "minisweet/classifier", "minisweet/tour"} - {place}
+        files = (
+            [place]
+            if place in listed
+            else [p.relative_to(CHECKOUT).as_posix() for p in (CHECKOUT / place).rglob("*.py")]
+        )
+        kept = [name for name in files if name == place or not (name in listed or name.startswith(tuple(inner)))]
+        counts.append(sum((CHECKOUT / name).read_text(encoding="utf-8").count("\n") for name in kept))
+    return f"| {' + '.join(map(str, counts))} | {row[1]} |"
 
 
 def draw_promises(path: Path) -> None:
@@ -286,7 +297,7 @@ def main() -> None:
         text = page.read_text(encoding="utf-8")
         for name, block in blocks.items():
             text = re.sub(BLOCK.format(name), lambda found, block=block: found[1] + block + found[3], text, flags=re.S)
-        text = re.sub(r"(?<=\n)\| *\d* *\| (\[[^]]*\]\(([^)]*\.py)\))", count_lines, text)
+        text = re.sub(r"(?<=\n)\| *[\d +]* *\| (\[[^|]*\]\((?:minisweet|train)[^|]*\)) \|", count_lines, text)
         page.write_text(text, encoding="utf-8")
     for model, name in ((DEEP, "curves-12.png"), (SMALL, "curves-6.png")):
         chosen = select(runs, model)
