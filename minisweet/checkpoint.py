@@ -67,6 +67,8 @@ Made = TypeVar("Made", bound=nn.Module)
 
 
 class Parts(nn.ModuleDict):
+    """What a checkpoint holds."""
+
     encoder: TransformerEncoder  # beside it the pooler and the classifier, nn.Linear, if they are loaded
 
 
