@@ -6,7 +6,6 @@ import pickle
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -111,7 +110,7 @@ def test_rows_to_validate_on_and_more_unlabelled_texts(new):
     texts, labels = opinions_of(slice(90))
     more = texts[15:50] + texts[70:]  # the more, so that the model learns of them
     classify = new().fit(np.array(texts[:15]), labels[:15], unlabelled=more, validation=(texts[50:70], labels[50:70]))
-    assert {"probe", "learning from its own answers"} <= {*classify.record.stages}
+    assert list(classify.record.losses) == ["fine-tuning", "learning from its own answers"]
     assert classify.state.trained.validation.first == texts[50:70]
 
 
@@ -119,15 +118,15 @@ GOOD = opinions_of(slice(40))
 BAD = [
     (GOOD[0], GOOD[1][:3], {}, "labels: 3, should be as many as the texts, 40"),
     (
-        [("a", "b"), "c"],
+        [("a", "b"), ("c", "d")],
         ["x", "y"],
         {},
-        "item 0: .'a', 'b'., should be one text; join the two texts into one, or train",
+        "texts: has 2 columns, should have one, such as .*; join the two texts into one, or train",
     ),
     (None, None, {}, "texts: None, should be a list"),
     (GOOD[0], [1, "x"] * 20, {}, "labels: int and str are mixed, should be of one type"),
     (GOOD[0], ["x", "\ud800"] * 20, {}, r"item 1: '.ud800' holds half of a character"),
-    (GOOD[0], np.eye(40), {}, "item 0: .* is not a label, should be text or a number"),
+    (GOOD[0], np.eye(40), {}, "labels: has 40 columns, should have one"),
     (*GOOD, {"dev_size": 200}, "dev_size: 200, should be "),
     (*GOOD, {"sure": "90"}, "sure: '90', should be a number from 50 to 99.9"),
     (*GOOD, {"max_lost": float("nan")}, "max_lost: nan, should be a number from 0.01 to 99.99"),
@@ -182,7 +181,7 @@ def test_a_copy_needs_neither_the_original_nor_its_folder(own_run, tmp_path, cop
     [
         (["a", None], {}, "item 1: None, should be one text"),
         (["\ud800"], {}, r"^item 0: it holds '.ud800', half of a character"),  # of an emoji
-        ("a text", {}, r"^texts: 'a text', should be a list; for one text: \[text\]"),
+        ("a text", {}, r"^texts: 'a text', should be a list, such as \[text\] for one text"),
         ([], {"amp": "bfloat16"}, "^amp: 'bfloat16', should be one of auto, off"),
         ([], {"threshold": 1.5}, "^threshold: 1.5, should be a number from 0 to 1"),
     ],
@@ -192,9 +191,10 @@ def test_what_cannot_be_answered_is_named(own_run, texts, options, message):
         EarlyExitClassifier.load(own_run, **options).predict(texts)
 
 
-def frame(*columns: list) -> SimpleNamespace:
+def frame(*columns: list) -> object:
     """What a frame or a series of pandas is to us."""
-    return SimpleNamespace(to_numpy=lambda: np.array(columns, dtype=object).T)
+    kind = type("Frame", (), {"__array__": lambda *_, **options: np.array(columns, dtype=object).T})
+    return kind()
 
 
 NA = type("NAType", (), {"__eq__": lambda *_: NA, "__ne__": lambda *_: NA, "__bool__": lambda _: 1 / 0})()  # pandas'

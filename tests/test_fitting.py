@@ -17,7 +17,6 @@ from minisweet.classifier.main import choose, fit
 from minisweet.classifier.main import test as check
 from minisweet.classifier.operating_point import CHOOSING
 from minisweet.classifier.probe import embed
-from minisweet.classifier.rows import Columns
 from minisweet.classifier.state import State
 from minisweet.classifier.trunk import load_trunk
 from minisweet.run import read_record
@@ -70,8 +69,7 @@ def test_a_trunk_gets_a_bag_of_words_and_stays_as_it_is(fitted):
     assert are_equal(weights_of("trunk"), weights_of("run"))
     assert not are_equal(bag_of("trunk"), bag_of("run"))
     before, record = (read_json(Path(f"{name}/run.json")) for name in ("trunk", "run"))
-    assert (record["losses"], list(record["stages"])) == ({}, ["exit 0"])
-    assert (before["fit"]["combines"], record["fit"]["combines"]) == (True, False)
+    assert record["losses"] == {}
     assert set(before["trained_keys"]) < set(record["trained_keys"])
 
 
@@ -115,7 +113,7 @@ def test_epochs_follow_from_what_is_learned(command, monkeypatch):
 
     monkeypatch.setattr(training, "fine_tune", record)
     status, _, err = command(fit, *"own.csv --unlabelled more.csv --unlabelled most.csv".split(), *options)
-    assert (status, f"{sum(steps):,} steps, lr" in err) == (0, True), err
+    assert status == 0, err
     assert titles == ["fine-tuning", "learning from its own answers"]
     assert steps == [epochs_of(240, 4) * 240 // 4, EPOCHS_AGAIN * (240 + 400) // 4]  # of 300, and of 600 others
 
@@ -161,9 +159,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path, options, unlabelled, messag
         model=str(write_model(tmp_path / "tiny", "bert")), max_length=16, **{"dev_size": 0.5} | options
     )
     with pytest.raises(InputError, match=message):
-        train(
-            options, Given("own", rows, None, Examples(unlabelled, None, None) if unlabelled else None, Columns("text"))
-        )
+        train(options, Given("own", rows, None, Examples(unlabelled, None, None) if unlabelled else None))
 
 
 # On a model of words, with what it makes of opinions.
@@ -199,7 +195,6 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
         more = [word for file in files for word in ("--unlabelled", file)]
         status, _, err = command(fit, *options, *more, "--overwrite")
         assert (status, f"unlabelled texts: {counts}" in err) == (0, True), err
-        assert f"epochs: 2, fewer than the default of {epochs_of(240, 16)}; the model may learn little" in err
         steps = {stage: len(losses) for stage, losses in read_json(Path("run/run.json"))["losses"].items()}
         assert steps == {stage: 2 * -(-rows // 16) for stage, rows in stages.items()}
     for before, texts in embedded:
@@ -225,7 +220,7 @@ def test_a_finished_classifier_gets_an_exit_without_any_label(own_run, command):
         assert ("its labels have no names" in err) is (trunk is theirs)
         run, record, head = state_of("run"), read_record(Path("run")), "pooler" if trunk is theirs else "linear"
         assert (record.labels, record.arguments.max_length, record.fit["head"]) == (labels, 32, head)
-        assert (run.point.labelled_judges, run.point.full_depth, record.fit["combines"]) == (0, 100.0, False)
+        assert (run.point.labelled_judges, run.point.full_depth, run.point.weights) == (0, 100.0, [0, 0])
         logits = run.trained.model(*random_batch())[-1], load_trunk(trunk).model(*random_batch())[0]
         torch.testing.assert_close(*logits, rtol=0, atol=0)
 

@@ -49,7 +49,7 @@ REFUSALS = [
     (
         "fit",
         f"own.csv {FIT} --text-columns text,label",
-        "text,label, should be one column; join the two texts into one, or train on",
+        "no column text,label; it has text, label; join the two texts into one, or train on",
     ),
     ("fit", f"one.csv {FIT}", "one: all rows have the label 'x', needs two or more"),
     ("fit", f"none.csv {FIT}", "none: no row has a label"),
