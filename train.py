@@ -93,7 +93,6 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
         depth=config.num_hidden_layers,
         vocab_size=config.vocab_size,
         subset=subset,
-        digest=hashlib.sha256((dev.digest() + texts.examples.digest()).encode()).hexdigest(),
         weights=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
         trained_keys=sorted({*texts.keys.tolist()}),
         device=device_name(device),

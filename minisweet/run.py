@@ -48,7 +48,6 @@ class Record:
     seconds: float = 0.0  # of training
     diverged: int | None = None  # the step at which a loss or a weight became infinite or NaN; there are no weights
     subset: list[int]  # the rows that were trained on
-    digest: str  # the SHA-256 of the training and validation data
     weights: str  # the SHA-256 of the file that the training started from
     trained_keys: list[int]  # the keys of the texts that were trained on
     device: str

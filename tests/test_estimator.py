@@ -234,7 +234,9 @@ def test_what_the_commands_do_is_done_from_python(new, tmp_path):
     assert lines[-1] == classify.promise
     all_leave = classify.operating_point.share == 0
     assert ("all texts leave at exit 0: nothing need be sent to the model" in lines) == all_leave
-    assert lines[-2].startswith(f"{classify.operating_point.judging_texts} of 20 validation rows judge: a quarter")
+    assert lines[-2].startswith(
+        f"{classify.operating_point.judging_texts} of 20 validation rows judge, one of each text"
+    )
     others = opinions_of(slice(300, 400))
     found = classify.test(*others)
     assert found["score"] == pytest.approx(100 * classify.score(*others), abs=3)  # texts that it has seen do not count
@@ -254,7 +256,7 @@ def test_before_it_is_trained_it_says_so(new, tmp_path):
     for call in (lambda: new().predict(["a"]), new().choose, lambda: new().save(tmp_path / "a")):
         with pytest.raises(InputError, match="not trained yet; call fit, or EarlyExitClassifier.load"):
             call()
-    for name, right in (("no_such", "model, trunk"), ("max_loss", ".*max_lost, sure")):
+    for name, right in (("no_such", "model, seed"), ("max_loss", ".*max_lost, sure")):
         with pytest.raises(InputError, match=f"^{name}: unknown parameter, should be one of {right}"):
             new().set_params(**{name: 1})
 

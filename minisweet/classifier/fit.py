@@ -11,7 +11,7 @@ A trunk, which is a finished classifier, is not trained; only a bag of words is 
 import copy
 import hashlib
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -21,11 +21,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from minisweet.base.commands import Options, name_of, number, one_of, option, positive_number, whole_number
-from minisweet.base.devices import AMP_CHOICES, AMP_HELP, choose_device, choose_precision, device_name
+from minisweet.base.commands import name_of, number, option, whole_number
+from minisweet.base.devices import choose_device, choose_precision, device_name
 from minisweet.base.files import LOG, InputError
-from minisweet.checkpoint import REPOSITORIES, WEIGHTS, load_encoder, read_config
-from minisweet.classifier.bag_of_words import NgramExit, check_size, fit_ngrams
+from minisweet.checkpoint import WEIGHTS, load_encoder, read_config
+from minisweet.classifier.bag_of_words import NgramExit, fit_ngrams
 from minisweet.classifier.probe import embed, fit_probe, with_linear_head
 from minisweet.classifier.rows import LabelType, joined
 from minisweet.classifier.split import Split, class_numbers, classes_of, split_rows, warn_of_near_duplicates
@@ -35,7 +35,7 @@ from minisweet.config import Config
 from minisweet.defaults import SMALL, default_batch_size
 from minisweet.exits import MultiExitModel
 from minisweet.hub import model_folder
-from minisweet.options import TrainingOptions
+from minisweet.options import CommonOptions, TrainingOptions
 from minisweet.outputs import run_all
 from minisweet.run import Record, versions, weights_id
 from minisweet.texts import Examples, Texts, load_tokenizer, special_ids
@@ -53,19 +53,12 @@ def epochs_of(rows: int, batch_size: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitOptions(Options):
-    """The options for training on your own text. Raises InputError, which names the option, for a wrong value."""
+class FitOptions(CommonOptions):
+    """The options of minisweet fit."""
 
-    model: str = option("minilm-l6", name_of, f"{', '.join(REPOSITORIES)}, a folder or a hub id")
     trunk: str | None = option(None, name_of, "run or classifier to start from; it is not trained")
     dev_size: float = option(0.2, number(0.0001, 0.9999), "share of the labelled texts, or groups, that is set aside")
-    seed: int = option(0, whole_number(0), "random seed of order and dropout")
-    lr: float | None = option(None, positive_number, "initial learning rate (default: by the model's size)")
-    epochs: int | None = option(None, whole_number(1), "passes over the data (default: by the number of rows)")
-    batch_size: int | None = option(None, whole_number(1), "examples (default: 16, and 8 for a large DeBERTa)")
     max_length: int | None = option(None, whole_number(8), "tokens; longer texts are cut (default: 256, or a trunk's)")
-    device: str = option("auto", name_of, "auto, cpu, cuda or cuda:N")
-    amp: str = option("auto", one_of(*AMP_CHOICES), AMP_HELP)
 
 
 class Given(NamedTuple):
@@ -143,7 +136,6 @@ def split_data(options: FitOptions, given: Given, source: Source) -> Split:
     split = split_rows(given.name, texts, labels, count, options.dev_size)
     if given.unlabelled and given.unlabelled.first and not len(split.unlabelled):
         raise InputError("no text is left: all of them are also labelled, or set aside", "unlabelled")
-    check_size(source.config.vocab_size, len(labels), len(split.learning))
     if not examples.groups:  # whoever names groups knows what belongs together
         warn_of_near_duplicates(split.validation, texts.take(split.learning))
     LOG.info("%s, %d layers", source.folder, source.config.num_hidden_layers)
@@ -163,7 +155,6 @@ def start_record(options: FitOptions, given: Given, source: Source, split: Split
     )
     trained_keys, trained_groups = (trunk.trained_keys, trunk.trained_groups) if trunk else ((), ())
     in_trained_group = texts.keys[in_groups(texts.examples, trained_groups)]  # of a trunk's groups: these never judge
-    digests = "".join(texts.examples.take(rows).digest() for rows in (split.validating, split.learning))
     about = FitRecord(
         head=trunk.head if trunk else "linear",
         label_type=trunk.label_type if trunk else given.label_type,
@@ -175,18 +166,13 @@ def start_record(options: FitOptions, given: Given, source: Source, split: Split
         trained_groups=sorted({*trained_groups, *groups}),
         validated_groups=sorted(validated - groups),
     )
+    common = {item.name: getattr(options, item.name) for item in fields(CommonOptions)}
     arguments = TrainingOptions(
-        model=options.trunk or options.model,
+        **common | {"model": options.trunk or options.model, "lr": source.lr, "batch_size": source.batch_size},
         exit_layers=[depth],
         pooling=trunk.model.encoder.config.pooling if trunk else "mean",
         train_size=len(split.labelled) or len(split.unlabelled),
-        seed=options.seed,
-        lr=source.lr,
-        epochs=options.epochs,
-        batch_size=source.batch_size,
         max_length=source.max_length,
-        device=options.device,
-        amp=options.amp,
     )
     device = choose_device(options.device)
     record = Record(
@@ -199,7 +185,6 @@ def start_record(options: FitOptions, given: Given, source: Source, split: Split
         depth=depth,
         vocab_size=source.config.vocab_size,
         subset=split.labelled.tolist(),
-        digest=hashlib.sha256(digests.encode()).hexdigest(),
         weights=hashlib.sha256((source.folder / WEIGHTS).read_bytes()).hexdigest(),
         trained_keys=sorted({*trained_keys, *in_trained_group.tolist(), *texts.keys[split.learning].tolist()}),
         device=device_name(device),

@@ -172,7 +172,7 @@ def measure(threshold: float, judges: Answers) -> dict[str, Any]:
         "lost": 100 * float(lost.mean()),
         "lost_interval": [0.0, 0.0] if never else wilson(lost),
         "share": float(sent.mean()),
-        "share_interval": [1.0, 1.0] if never else around_mean(sent),
+        "share_interval": [1.0, 1.0] if never else [end / 100 for end in wilson(sent)],
         "macro_f1": float(np.mean(np.array(report["f1"])[there])),
         "per_class": report,
     }
@@ -199,11 +199,3 @@ def wilson(values: np.ndarray) -> list[float]:
     k = np.array([count - 0.5, count + 0.5])
     low, high = (k + Z**2 / 2 + np.array([-Z, Z]) * np.sqrt(k * (n - k) / n + Z**2 / 4)) / (n + Z**2)
     return [100 * float(min(low, count / n)), 100 * float(max(high, count / n))]
-
-
-def around_mean(values: np.ndarray) -> list[float]:
-    """The 95% interval of a mean from 0 to 1: the normal one, of values (T,) and of one made-up value at either end."""
-    widened = np.append(values, [0.0, 1.0])
-    mean = values.mean()
-    half = Z * widened.std() / math.sqrt(len(widened))
-    return [float(min(mean, max(0.0, widened.mean() - half))), float(max(mean, min(1.0, widened.mean() + half)))]

@@ -127,9 +127,7 @@ class State:
         ):
             ends = "{:.1f} to {:.1f}".format(*interval) if interval else ""
             lines.append(f"{name:<42}{score:12.1f}{ends:>15}   {share:12.2f}")
-        gain = point.score - point.full_depth
-        difference = f"{gain:+.1f} points compared with full depth" if gain else "the same score as full depth"
-        lines.append(f"early exit: {difference}, at threshold {point.threshold:.6g}")
+        lines.append(f"early exit at threshold {point.threshold:.6g}")
         support = point.per_class["support"]
         most = 100 * max(support) / max(1, sum(support))
         if metric == ACCURACY and point.full_depth <= most:
@@ -141,17 +139,11 @@ class State:
         elif not point.share:
             lines.append("all texts leave at exit 0: nothing need be sent to the model")
         left_out = choosers_and_judges(logits, self.trained.record.trained_keys)[2]
-        reasons = {
-            "a quarter chooses the thresholds to try": point.judging_texts,
-            "one text of each group judges": (logits.units != logits.keys).any(),
-            "unlabelled texts do not": (logits.labels < 0).any() and point.labelled_judges == point.judging_texts,
-            f"{left_out:,} were trained on": left_out,
-        }
-        why = ", ".join(reason for reason, holds in reasons.items() if holds)
-        lines.append(
-            f"{point.judging_texts:,} of {len(logits.labels):,} validation rows judge" + f": {why}" * bool(why)
+        judges = (
+            f"{point.judging_texts:,} of {len(logits.labels):,} validation rows judge, one of each text and group; "
         )
-        return "\n".join([*lines, self.promise])
+        judges += "a quarter chooses the thresholds to try" + f"; {left_out:,} were trained on" * bool(left_out)
+        return "\n".join([*lines, judges, self.promise])
 
     def tokenize(self, texts: Any) -> Texts:
         """Tokenise texts. Raises InputError, naming the item, for anything else."""
