@@ -110,7 +110,7 @@ def test_rows_to_validate_on_and_more_unlabelled_texts(new):
     texts, labels = opinions_of(slice(90))
     more = texts[15:50] + texts[70:]  # the more, so that the model learns of them
     classify = new().fit(np.array(texts[:15]), labels[:15], unlabelled=more, validation=(texts[50:70], labels[50:70]))
-    assert list(classify.record.losses) == ["fine-tuning", "learning from its own answers"]
+    assert list(classify.state.trained.record.losses) == ["fine-tuning", "learning from its own answers"]
     assert classify.state.trained.validation.first == texts[50:70]
 
 

@@ -187,7 +187,7 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
     for files, counts, stages in (
         (
             [folder / "more.csv", "half.jsonl"],
-            "401 to learn from, 100 to judge; left out: 28 also labelled, or duplicates\n",
+            "401 to learn from, 100 to judge, 28 left out\n",
             {"fine-tuning": 240, "learning from its own answers": 240 + 401},
         ),
         (["few.csv"], "80 to learn from, 20 to judge", {"fine-tuning": 240}),
@@ -242,7 +242,7 @@ def test_groups_stay_together_in_all_files_and_judge_by_one_text(own_run, comman
     aside = {*threads[is_labelled]}, {*threads[~is_labelled]}
     assert (len(aside[0]), len(aside[1])) == (30, 20)
     apart = sum(thread in aside[0] for _, thread in more)
-    assert f"left out: 0 also labelled, or duplicates, {apart} in groups of validation rows\n" in err
+    assert f"to judge, {apart} left out\n" in err
     learnt = [text for text, *_, thread in rows + more if thread not in aside[0] | aside[1]]
     assert set(run.trained.record.trained_keys) == {*run.tokenize(learnt).keys.tolist()}
     assert run.point.judging_texts == 30 + 20 - math.ceil(30 / CHOOSING) - 20 // CHOOSING

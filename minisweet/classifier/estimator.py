@@ -23,7 +23,6 @@ from minisweet.classifier.operating_point import OperatingPoint, measure
 from minisweet.classifier.promise import Goal
 from minisweet.classifier.rows import label_name, labelled_texts, names_of, texts_of, with_text
 from minisweet.classifier.state import Answer, State, chosen
-from minisweet.run import Record
 
 PARAMETERS = vars(FitOptions()) | vars(Goal()) | {"verbose": 0}
 THRESHOLD, AT_MOST = number(0, 1), whole_number(1)
@@ -263,11 +262,6 @@ class EarlyExitClassifier:
     def operating_point(self) -> OperatingPoint:
         """What was chosen, and what to expect of it on new text."""
         return self.state.point
-
-    @property
-    def record(self) -> Record:
-        """The record of the training."""
-        return self.state.trained.record
 
     @property
     def classes_(self) -> np.ndarray:
