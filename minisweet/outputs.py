@@ -82,6 +82,8 @@ def run_all(
         precision: the type to autocast to; None means float32.
         batch_size: the largest B.
         title: the title of the progress bar.
+
+    Raises InputError if an output is infinite or NaN.
     """
     rows, found = [], []
     with (
@@ -92,7 +94,10 @@ def run_all(
             rows.append(batch.rows)
             found.append(step(*batch.to(device).inputs).float().cpu())
             bar.update(len(batch.rows))
-    return torch.cat(found)[torch.cat(rows).argsort()]
+    whole = torch.cat(found)[torch.cat(rows).argsort()]
+    if not whole.isfinite().all():
+        raise InputError("the exits give infinite numbers or NaN; try --amp off, or train at a lower --lr")
+    return whole
 
 
 def ask_all(model: ExitModel, texts: Texts, precision: torch.dtype | None = None, metric: str = "accuracy") -> Outputs:
@@ -115,12 +120,6 @@ def ask_all(model: ExitModel, texts: Texts, precision: torch.dtype | None = None
         exits=exits_of(model),
         precision=str(precision or torch.float32),
     )
-
-
-def check_finite(outputs: Outputs, folder: Path | str) -> None:
-    """Raise InputError, naming the run in `folder`, if logits or certainties are infinite or NaN."""
-    if not all(part.isfinite().all() for part in (outputs.logits, outputs.certainty) if part is not None):
-        raise InputError(f"{folder}: its exits give infinite numbers or NaN; try --amp off, or train at a lower --lr")
 
 
 def write_outputs(path: Path, outputs: Outputs, run_id: str) -> None:

@@ -218,13 +218,11 @@ def chosen(
 ) -> State:
     """Choose for what was trained, from `logits` for the validation texts if they are of this precision.
 
-    Otherwise both exits run first. Raises InputError if their logits are infinite or NaN.
+    Otherwise both exits run first.
     """
     if logits is None or logits.precision != str(precision or torch.float32):
         trained.bag.to(device), trained.model.to(device)
         logits = trained.ask(Texts(trained.tokenizer, trained.validation), device, precision)
-        if not (logits.bag.isfinite().all() and logits.model.isfinite().all()):
-            raise InputError("the exits give infinite numbers or NaN; try --amp off, or train at a lower --lr")
     point = trained.choose(logits, goal)
     about = device, precision, batch_size
     return State(trained, logits, point, in_float32(point.threshold), *about)
