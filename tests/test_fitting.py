@@ -10,18 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from minisweet import EarlyExitClassifier, load_encoder
-from minisweet.base.files import InputError, read_json, write_json
+from minisweet.base.files import read_json, write_json
 from minisweet.classifier import fit as training
-from minisweet.classifier.fit import EPOCHS, EPOCHS_AGAIN, STEPS, FitOptions, Given, epochs_of, train
+from minisweet.classifier.fit import EPOCHS, EPOCHS_AGAIN, STEPS, epochs_of
 from minisweet.classifier.main import choose, fit
 from minisweet.classifier.main import test as check
 from minisweet.classifier.operating_point import CHOOSING
 from minisweet.classifier.probe import embed
-from minisweet.classifier.rows import Columns
 from minisweet.classifier.state import State
 from minisweet.classifier.trunk import load_trunk
 from minisweet.run import read_record
-from minisweet.texts import Examples
 from tests import conftest
 from tests.conftest import OWN, opinions, random_batch, write_classifier, write_model, write_rows
 
@@ -143,27 +141,6 @@ def test_a_training_that_diverges_leaves_nothing_and_replaces_no_run(fitted, com
     assert are_equal(before, weights_of("a"))
     fitted("--out", "a", "--overwrite", file=["other.csv"])
     assert not are_equal(before, weights_of("a"))
-
-
-@pytest.mark.parametrize(
-    ("options", "unlabelled", "message"),
-    [
-        ({}, ["the film", "THE film", "a film"], "^unlabelled: no text is left: all of them are also labelled, or set"),
-        ({"names": [None, None]}, ["the"], "^own: no row has a label$"),
-        ({"names": ["x", None]}, [], "^own: all rows have the label 'x', needs two or more$"),
-        ({"dev_size": 0.1}, [], "^own: too few rows: no text can be set aside, or none is left to learn from$"),
-    ],
-)
-def test_what_cannot_be_trained_is_refused(tmp_path, options, unlabelled, message):
-    names = options.pop("names", ["x", "y"])
-    rows = Examples(["the film", "a film"] * 9, None, None, names=names * 9)
-    options = FitOptions(
-        model=str(write_model(tmp_path / "tiny", "bert")), max_length=16, **{"dev_size": 0.5} | options
-    )
-    with pytest.raises(InputError, match=message):
-        train(
-            options, Given("own", rows, None, Examples(unlabelled, None, None) if unlabelled else None, Columns("text"))
-        )
 
 
 # On a model of words, with what it makes of opinions.

@@ -46,27 +46,15 @@ REFUSALS = [
     ("fit", FIT, "FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE"),
     ("fit", f"empty.csv {FIT}", "empty.csv: it has no rows"),
     ("fit", f"pipe.csv {FIT}", "pipe.csv: cannot be read (not a file)"),
-    (
-        "fit",
-        f"own.csv {FIT} --text-columns text,label",
-        "text,label, should be one column; join the two texts into one, or train on",
-    ),
     ("fit", f"one.csv {FIT}", "one: all rows have the label 'x', needs two or more"),
     ("fit", f"none.csv {FIT}", "none: no row has a label"),
-    (
-        "fit",
-        f"two.csv {FIT} --text-columns sentence1 --dev-size 0.1",
-        "two: too few rows: no text can be set aside, or none is left to learn",
-    ),
+    ("fit", f"two.csv {FIT} --text-columns sentence1 --dev-size 0.1", "two: too few rows: no text can be set aside"),
     ("fit", f"own.csv {FIT} --dev-data own.csv --dev-size 0.3", "--dev-size: needs a split of FILE, not --dev-data"),
     ("fit", f"own.csv {FIT} --text-columns label", "--text-columns: label, should not be the label column"),
+    ("fit", f"own.csv {FIT} --unlabelled own.csv", "--unlabelled: no text is left: all of them are also labelled, or"),
     ("fit", f"own.csv {FIT} --unlabelled two.csv", "two.csv: no column text or sentence; it has sentence1,"),
     ("fit", "own.csv --trunk ee --out new", "ee: a run of train.py, which is evaluated by: python evaluate.py ee"),
-    (
-        "fit",
-        "own.csv --trunk own.csv --out new",
-        "--trunk: own.csv is not a folder; should be a run, or a classifier in",
-    ),
+    ("fit", "own.csv --trunk own.csv --out new", "--trunk: own.csv is not a folder; should be a run, or a classif"),
     ("fit", "own.csv --trunk bag --out new --max-length 30", "--max-length: 30, should be 32, as of the trunk bag"),
     *[
         (command, f"ee {words}", "ee: a run of train.py, which is evaluated by: python evaluate.py ee")
