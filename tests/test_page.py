@@ -16,7 +16,7 @@ from minisweet import EarlyExitClassifier, NgramExit
 from minisweet.classifier.cascade import Logits
 from minisweet.classifier.explain import TEMPLATE, word_scores, write_page
 from minisweet.classifier.main import explain
-from minisweet.classifier.operating_point import OperatingPoint
+from minisweet.classifier.operating_point import choose
 from minisweet.classifier.promise import Goal
 from minisweet.classifier.state import State, Trained
 from minisweet.texts import BERTS, Examples
@@ -25,11 +25,6 @@ from tests.conftest import random_bag
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 1'>&lt;\u2028\0 <!--"
 N, DEPTH = 200, 4
-STATED = {"score": 80.0, "score_interval": [74.0, 85.0], "full_depth": 82.0, "full_depth_interval": [78.0, 88.0]}
-STATED |= {"share": 0.5, "share_interval": [0.45, 0.55], "goal": Goal(), "lost": 2.0}
-STATED |= {"lost_interval": [0.5, 6.2], "choosing_texts": 50, "judging_texts": 150, "labelled_judges": 150}
-STATED |= {"exit_0": 60.0, "exit_0_interval": [50.0, 70.0], "macro_f1": 80.0}
-STATED |= {"per_class": {"support": [50, 50, 50]}, "precision": "torch.float32"}
 
 
 def test_what_spoke_is_all_where_words_are_few(run_of):
@@ -52,10 +47,8 @@ def test_commands(own_run, run_of, tmp_path, command):
     (answer,), (last, _) = classify.classify(["superb film"]), classify.explain(["superb film"])[0][-1]
     assert last.probabilities == pytest.approx(answer.probabilities, abs=1e-5)  # where exit 0 has a say
     assert command(explain, run_of("bag"), "--html", tmp_path / "page.html")[0] == 0
-    data = data_of(tmp_path / "page.html")
-    assert (
-        len(data["words"]) == len(data["sentences"]) == len(EarlyExitClassifier.load(run_of("bag")).state.logits.labels)
-    )
+    data, rows = data_of(tmp_path / "page.html"), EarlyExitClassifier.load(run_of("bag")).state.logits.labels
+    assert len(data["words"]) == len(data["sentences"]) == len(rows)
     assert data["point"]["promise"] == ""  # since all texts run to the last exit
     assert data["point"]["goal"] == {"max_lost": 3.0, "sure": 90.0}
 
@@ -78,7 +71,7 @@ class Case:
         self.labels = rng.integers(0, 3, N)
         logits = torch.from_numpy(rng.normal(size=(2, N, 3)) + 3 * np.eye(3)[self.labels]).float()
         self.logits = Logits(*logits, self.labels.copy(), np.arange(N), np.arange(N))
-        self.point = OperatingPoint(threshold=0.7123, temperatures=[1.0, 0.5], weights=[0.0, 0.4], **STATED)
+        self.point = replace(choose(self.logits, Goal(), combines=True), threshold=0.7123)
         rule = self.point.rule
         calibrated = torch.stack([rule.at_exit_0(logits[0]), rule.at_full_depth(*logits)])
         self.confidence = calibrated.softmax(-1).amax(-1)  # (2, N)
