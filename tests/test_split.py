@@ -44,9 +44,9 @@ def own(tmp_path_factory):
     """A function that splits texts, with the names of their labels, and other texts. Six words are read."""
     tokenizer = load_tokenizer(write_model(tmp_path_factory.mktemp("tiny"), "bert"), SIZES["vocab_size"], 8)
 
-    def split(texts, names, unlabelled=(), dev=None, dev_size=0.25, groups=None, labels=None, threads=None) -> Sides:
+    def split(texts, names, unlabelled=(), dev=None, dev_size=0.25, groups=None, labels=None) -> Sides:
         labels = labels or classes_of(names)
-        parts = [rows_of(texts, names, groups), Examples(list(unlabelled), None, None, groups=threads)]
+        parts = [rows_of(texts, names, groups), Examples(list(unlabelled), None, None)]
         rows = joined(*parts, *([dev] if dev else []))
         rows = rows._replace(labels=class_numbers(rows.names, labels).tolist())
         all_texts = Texts(tokenizer, rows)
@@ -133,13 +133,6 @@ def test_unlabelled_texts_count_once_and_a_fifth_of_them_validates(own, monkeypa
     assert (len(given.validation), len(given.unlabelled)) == (4, 20)  # which may come from another source than others
     again = own(texts[:8] * 2, names[:8] + [None] * 8)  # each is labelled elsewhere in the file
     assert (len(again.unlabelled), (again.validation.labels < 0).sum()) == (0, 0)
-
-
-def test_groups_that_unlabelled_rows_alone_name_hold_for_labelled_ones(own):
-    """Each text is also there without a label, and two of these are a thread."""
-    threads = [f"thread {n // 2}" for n in range(20)]
-    validation = own(ORDERS[:20], ["no", "yes"] * 10, ORDERS[:20], threads=threads).validation
-    assert (len(validation), len({*units_of(validation)})) == (4, 2)
 
 
 def test_near_duplicates_of_texts_to_learn_from_are_counted(own, caplog):
