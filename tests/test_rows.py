@@ -125,13 +125,15 @@ def test_labels_are_names_sorted_by_number_where_all_are_numbers(tmp_path):
     assert error == "a validation row has the label '1', which no other row has; should be one of x, y"
 
 
-def test_frames_of_other_columns_and_sets_are_refused():
+def test_what_is_no_list_of_texts_is_refused():
     for columns, advice in (
         (["file", "text", "label"], "file, text, label; pass df['text']"),
         (["body", "label"], "body, label; pass df['body']"),
     ):
         assert refused(texts_of, SimpleNamespace(columns=columns)) == f"texts: the frame has columns {advice}"
-    assert refused(texts_of, {"a"}) == "texts: {'a'}, should be a list; for one text: [text]"
+    for texts in ({"a"}, "a text"):
+        assert refused(texts_of, texts) == f"texts: {texts!r}, should be a list; for one text: [text]"
+    assert refused(texts_of, ["\ud800"]).startswith(r"item 0: it holds '\ud800', half of a character")  # of an emoji
     assert refused(names_of, {"a"}, 1, "labels") == "labels: {'a'}, should be a list"
 
 
