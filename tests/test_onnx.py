@@ -209,7 +209,7 @@ def test_int8_promises_anew_against_its_own_full_depth(own_run, run_of, tmp_path
 def test_refusals(run_of, chosen, tmp_path, command, monkeypatch):
     run, new = chosen("bag"), tmp_path / "new.onnx"
 
-    def refused(run) -> str:
+    def refused() -> str:
         status, _, err = command(export, run, "--onnx", new)
         assert (status, err.count("\n"), new.exists()) == (2, 1, False), err
         return err
@@ -220,10 +220,9 @@ def test_refusals(run_of, chosen, tmp_path, command, monkeypatch):
         answers = classify(state, texts)
         return [answers[0]._replace(label="?")] * others + answers[others:]
 
-    assert "a run of train.py, which is evaluated by: python evaluate.py" in refused(run_of("mm"))
     others = 2
     monkeypatch.setattr(State, "classify", with_others)
-    assert re.search(r"not written: 2 of \d+ answers are not the model's", refused(run))
+    assert re.search(r"not written: 2 of \d+ answers are not the model's", refused())
     others = 1  # of a thousand answers one may be another one
     state = EarlyExitClassifier.load(run).state
     save_choice(run, replace(state, point=replace(state.point, precision="torch.bfloat16")))
@@ -233,4 +232,4 @@ def test_refusals(run_of, chosen, tmp_path, command, monkeypatch):
     new.unlink()
     monkeypatch.delitem(sys.modules, "minisweet.classifier.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert "onnxscript (pip install '.[onnx]')" in refused(run)
+    assert "onnxscript (pip install '.[onnx]')" in refused()

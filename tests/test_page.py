@@ -137,59 +137,50 @@ def browser():
 
 @pytest.fixture
 def page(browser, tmp_path):
-    """Opens a case's page; whatever a test does with it, nothing may be logged as an error."""
-
-    def open_page(case: Case) -> "Page":
-        browser.get(case.write(tmp_path / "page.html").as_uri())
-        return Page(browser)
-
-    yield open_page
+    """The page of `Case`, where one text is hostile; whatever a test does with it, no error may be logged."""
+    case = Case()
+    case.sentences[1] = HOSTILE
+    browser.get(case.write(tmp_path / "page.html").as_uri())
+    yield browser
     assert [entry["message"] for entry in browser.get_log("browser")] == []
 
 
-class Page:
-    """What a user does with the page, and sees."""
+def find(page, css: str) -> list:
+    """The elements of an open page."""
+    return page.find_elements("css selector", css)
 
-    def __init__(self, browser) -> None:
-        self.browser = browser
-        self.thresholds = browser.execute_script("return data.thresholds")
 
-    def find(self, css: str) -> list:
-        return self.browser.find_elements("css selector", css)
+def texts_of(page, css: str) -> list[str]:
+    """The texts of its elements, shown or not."""
+    return [element.get_property("textContent") for element in find(page, css)]
 
-    def texts(self, css: str) -> list[str]:
-        script = "return [...document.querySelectorAll(arguments[0])].map(element => element.textContent)"
-        return self.browser.execute_script(script, css)
 
-    def slide(self, threshold: float) -> None:
-        script = "const e = get('threshold'); e.value = arguments[0]; e.dispatchEvent(new Event('input'));"
-        self.browser.execute_script(script, self.thresholds.index(threshold))
+def slide(page, threshold: float) -> None:
+    """Move its slider to one of the thresholds."""
+    script = "const e = get('threshold'); e.value = data.thresholds.indexOf(arguments[0]);"
+    page.execute_script(script + "e.dispatchEvent(new Event('input'));", threshold)
 
 
 @pytest.mark.slow
 def test_a_sentence_is_text_and_nothing_else(page):
-    case = Case()
-    case.sentences[1] = HOSTILE
-    opened = page(case)
-    opened.find("tr[data-row='1']")[0].click()
-    assert opened.texts("tr[data-row='1'] .text") == [HOSTILE]
-    assert opened.browser.execute_script("return window.ran") is None
-    assert opened.find("img, b b, td b, td i, option i, script:nth-of-type(3)") == []
+    find(page, "tr[data-row='1']")[0].click()
+    assert texts_of(page, "tr[data-row='1'] .text") == [HOSTILE]
+    assert page.execute_script("return window.ran") is None
+    assert find(page, "img, b b, td b, td i, option i, script:nth-of-type(3)") == []
 
 
 @pytest.mark.slow
 def test_who_leaves_where_at_each_threshold_and_the_layers_that_a_sentence_runs(page):
     case = Case()
-    opened = page(case)
-    assert opened.texts("#t") == ["0.7123"]  # the one that is deployed
-    for threshold in (*opened.thresholds[::9], 0.8):
-        opened.slide(threshold)
-        assert [*map(int, opened.texts("#bars .count"))] == np.bincount(case.taken(threshold), minlength=2).tolist()
+    assert texts_of(page, "#t") == ["0.7123"]  # the one that is deployed
+    for threshold in (*page.execute_script("return data.thresholds")[::9], 0.8):
+        slide(page, threshold)
+        assert [*map(int, texts_of(page, "#bars .count"))] == np.bincount(case.taken(threshold), minlength=2).tolist()
     for k in range(2):
         row = int(np.flatnonzero(case.taken(0.8)[:50] == k)[0])
-        opened.find(f"tr[data-row='{row}']")[0].click()
-        assert len(opened.find("#layers rect.run")) == (0, DEPTH)[k]
-        assert len(opened.find("#layers rect")) == DEPTH
-    opened.slide(1.0)
-    assert len(opened.find("#layers rect.run")) == DEPTH
-    assert "exit 0" in opened.texts("#layers text")
+        find(page, f"tr[data-row='{row}']")[0].click()
+        assert len(find(page, "#layers rect.run")) == (0, DEPTH)[k]
+        assert len(find(page, "#layers rect")) == DEPTH
+    slide(page, 1.0)
+    assert len(find(page, "#layers rect.run")) == DEPTH
+    assert "exit 0" in texts_of(page, "#layers text")
