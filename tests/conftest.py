@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from minisweet import NgramExit, toy
 from minisweet.base.commands import run_command
+from minisweet.base.files import InputError
 from minisweet.checkpoint import ARCHITECTURES, load_encoder, public_name
 from minisweet.exits import ExitModel, exit_loss
 from minisweet.layers import TransformerEncoder
@@ -277,6 +278,13 @@ def run(command, *arguments) -> int:
     return 0
 
 
+def refused(call, *arguments, **more) -> str:
+    """The message of the InputError that a call raises."""
+    with pytest.raises(InputError) as error:
+        call(*arguments, **more)
+    return str(error.value)
+
+
 def command_of(path: str):
     """What `run` takes, from a value of COMMANDS: a module, or a function in it."""
     module, _, name = path.partition(":")
@@ -406,9 +414,8 @@ def own_run(tmp_path_factory) -> Path:
     write_model_of_words(folder / "tiny")
     rows, unlabelled = opinions(1000)[:300], opinions(1000)[300:800]
     write_rows(folder / "own.csv", rows, "text", "label")
-    write_rows(
-        folder / "more.csv", [(text, "unread") for text, _ in unlabelled + rows[:20] + unlabelled[:7]], "text", "label"
-    )
+    more = [(text, "unread") for text, _ in unlabelled + rows[:20] + unlabelled[:7]]
+    write_rows(folder / "more.csv", more, "text", "label")
     write_rows(folder / "new.csv", opinions(1000)[800:], "text", "label")
     with in_folder(folder):
         assert run(fit, "own.csv", "--unlabelled", "more.csv", "--out", "run", *OWN) == 0

@@ -26,18 +26,13 @@ from tests.conftest import OWN, opinions, random_batch, write_classifier, write_
 QUICK = "--epochs 1 --batch-size 512 --max-length 32".split()
 
 
-def weights_of(run: str | Path) -> dict[str, torch.Tensor]:
-    """The weights of a run's model."""
-    return load_file(Path(run, "model.safetensors"))
+def tensors_of(run: str, part: str = "model") -> dict[str, torch.Tensor]:
+    """The tensors of a run's model or bag of words."""
+    return load_file(Path(run, f"{part}.safetensors"))
 
 
 def state_of(run: str | Path) -> State:
     return EarlyExitClassifier.load(run).state
-
-
-def bag_of(run: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a run's bag of words."""
-    return load_file(Path(run, "bag_of_words.safetensors"))
 
 
 def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -65,8 +60,8 @@ def test_a_trunk_gets_a_bag_of_words_and_stays_as_it_is(fitted):
     """The trunk has a bag of words itself; another one is fitted."""
     fitted("--out", "trunk", file=["other.csv"])
     assert "no layer is trained: the trunk stays as it is" in fitted("--trunk", "trunk", "--out", "run")
-    assert are_equal(weights_of("trunk"), weights_of("run"))
-    assert not are_equal(bag_of("trunk"), bag_of("run"))
+    assert are_equal(tensors_of("trunk"), tensors_of("run"))
+    assert not are_equal(*(tensors_of(run, "bag_of_words") for run in ("trunk", "run")))
     before, record = (read_json(Path(f"{name}/run.json")) for name in ("trunk", "run"))
     assert (record["losses"], list(record["stages"])) == ({}, ["exit 0"])
     assert (before["fit"]["combines"], record["fit"]["combines"]) == (True, False)
@@ -92,7 +87,7 @@ def test_the_bag_learns_labels_or_what_the_trunk_answers(fitted, monkeypatch, fi
 
 
 def test_pickled_weights_are_enough_and_the_record_counts_the_rows(fitted):
-    torch.save(weights_of("tiny"), "tiny/pytorch_model.bin")
+    torch.save(tensors_of("tiny"), "tiny/pytorch_model.bin")
     Path("tiny/model.safetensors").unlink()
     fitted("--out", "a")
     assert read_record(Path("a")).arguments.train_size == 240
@@ -136,11 +131,11 @@ def test_a_training_that_diverges_leaves_nothing_and_replaces_no_run(fitted, com
     write_json(Path("mine/run.json"), {"my": "settings"})
     refused = command(fit, *options, "--out", "mine", "--overwrite")[2]
     assert refused.endswith("mine/run.json is not that of a run; name another folder\n")
-    before = weights_of("a")
+    before = tensors_of("a")
     assert command(fit, *options, "--lr", "1e39", "--overwrite")[0] == 2
-    assert are_equal(before, weights_of("a"))
+    assert are_equal(before, tensors_of("a"))
     fitted("--out", "a", "--overwrite", file=["other.csv"])
-    assert not are_equal(before, weights_of("a"))
+    assert not are_equal(before, tensors_of("a"))
 
 
 # On a model of words, with what it makes of opinions.

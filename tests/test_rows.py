@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisweet.base.files import InputError
 from minisweet.classifier.rows import (
     find_column,
     names_of,
@@ -22,6 +21,7 @@ from minisweet.classifier.rows import (
 )
 from minisweet.classifier.split import class_numbers, classes_of
 from minisweet.texts import Examples
+from tests.conftest import refused
 
 TEXTS = ['He said "no",\nthen "yes"', "a\tb, c\rd", "caf\u00e9 \u2028 \\", " "]
 BETWEEN = {".csv": ",", ".tsv": "\t", ".jsonl": None}
@@ -43,13 +43,6 @@ def write(path: Path, rows: list[dict], encoding: str = "utf-8") -> Path:
 def read(path):
     """The rows of a file, with their labels."""
     return read_texts(path, text_column(path, None), find_column("--label-column", path, "label"))
-
-
-def refused(call, *arguments, **more) -> str:
-    """The message of an InputError."""
-    with pytest.raises(InputError) as error:
-        call(*arguments, **more)
-    return str(error.value)
 
 
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5) | st.sampled_from(TEXTS)
