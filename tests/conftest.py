@@ -307,7 +307,8 @@ def command(capsys, tmp_path):
 
 def quick(model, *arguments) -> list:
     """train.py's arguments for a run in no time, and of the same losses on every machine."""
-    return ["--model", model, "--train-size", 48, *SHORT, *arguments]
+    words = "--train-size 48 --epochs 2 --exit-layers 1,2,4 --max-length 32 --amp off".split()  # later options win
+    return ["--model", model, *words, *arguments]
 
 
 def write_table(path: Path, columns: list[str], labels: dict, header: bool = True, between: str = ",") -> None:
@@ -334,9 +335,6 @@ def place(tmp_path, monkeypatch):
             write_table(path, list(task.header or task.columns), labels, task.header is None, "\t")
     with in_folder(tmp_path):
         yield tmp_path
-
-
-SHORT = "--epochs 2 --exit-layers 1,2,4 --max-length 32 --amp off".split()  # later options win
 
 
 def write_model_of_words(folder: Path) -> Path:

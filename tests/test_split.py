@@ -2,7 +2,7 @@
 
 from itertools import islice, permutations
 from random import Random
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,25 +25,16 @@ from tests.conftest import SIZES, WORDS, refused, write_model
 ORDERS = [" ".join(words) for words in islice(permutations("good bad great dull the film".split()), 0, 720, 24)]
 
 
-class Sides(NamedTuple):
-    """A split, with the texts of each side."""
-
-    labels: list[str]
-    train: Texts
-    unlabelled: Texts
-    validation: Texts
-
-
 def rows_of(texts: list[str], names: list[str | None], groups: list[str | None] | None = None) -> Examples:
     return Examples(texts, None, None, names=names, groups=groups)
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A function that splits texts, with the names of their labels, and other texts. Six words are read."""
+    """A function that splits texts, with the names of their labels, and other texts: each side. Six words are read."""
     tokenizer = load_tokenizer(write_model(tmp_path_factory.mktemp("tiny"), "bert"), SIZES["vocab_size"], 8)
 
-    def split(texts, names, unlabelled=(), dev=None, dev_size=0.25, groups=None, labels=None) -> Sides:
+    def split(texts, names, unlabelled=(), dev=None, dev_size=0.25, groups=None, labels=None):
         labels = labels or classes_of(names)
         parts = [rows_of(texts, names, groups), Examples(list(unlabelled), None, None)]
         rows = joined(*parts, *([dev] if dev else []))
@@ -54,7 +45,8 @@ def own(tmp_path_factory):
         units = units_of(all_texts)[split.validating]  # which are renamed, but the same
         renamed = units_of(again)
         assert len({*zip(units, renamed, strict=True)}) == len({*units}) == len({*renamed})
-        return Sides(labels, all_texts.take(split.labelled), all_texts.take(split.unlabelled), split.validation)
+        train, unlabelled = map(all_texts.take, (split.labelled, split.unlabelled))
+        return SimpleNamespace(labels=labels, train=train, unlabelled=unlabelled, validation=split.validation)
 
     split.tokenizer = tokenizer
     return split
