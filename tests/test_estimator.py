@@ -119,7 +119,6 @@ BAD = [
     (None, None, {}, "texts: None, should be a list"),
     (GOOD[0], [1, "x"] * 20, {}, "labels: int and str are mixed, should be of one type"),
     (GOOD[0], ["x", "\ud800"] * 20, {}, r"item 1: '\ud800' holds half of a character"),
-    (GOOD[0], np.eye(40), {}, "item 0: [1.0, 0.0, "),
     (*GOOD, {"dev_size": 200}, "dev_size: 200, should be "),
     (*GOOD, {"max_lost": float("nan")}, "max_lost: nan, should be a number from 0.01 to 99.99"),
     (*GOOD, {"groups": ["a"]}, "groups: 1, should be as many as the texts, 40"),
