@@ -93,7 +93,6 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
         depth=config.num_hidden_layers,
         vocab_size=config.vocab_size,
         subset=subset,
-        digest=hashlib.sha256((dev.digest() + texts.examples.digest()).encode()).hexdigest(),
         weights=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
         trained_keys=sorted({*texts.keys.tolist()}),
         device=device_name(device),
@@ -104,10 +103,10 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     announce(record, texts, rows, len(dev.first))
 
     # 4. Loop: EE and SWEET are one model, and MM is one per exit.
+    start = time.perf_counter()
     settings = options.epochs, options.batch_size, options.lr, options.seed, device, precision
     for part in model.models_alone:
         name = f"layers {part.exit_layers[-1]}" if options.method == "mm" else options.method
-        start = time.perf_counter()
         try:
             losses = fine_tune(part, texts, *settings, title=name)
         except FloatingPointError as error:
@@ -116,10 +115,9 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
             message = f"at {options.lr:g} the loss became infinite or NaN at step {step}; try a lower one"
             raise InputError(message, "lr") from None
         record.losses[name] = np.round(losses, 5).tolist()
-        record.stages[name] = round(time.perf_counter() - start, 1)
 
     # 5. Save.
-    record = replace(record, id=weights_id(model), seconds=round(sum(record.stages.values()), 1))
+    record = replace(record, id=weights_id(model), seconds=round(time.perf_counter() - start, 1))
     check_output(out, overwrite)  # once more, since training takes a while
     save_run(out, record, model.eval(), tokenizer, dev, overwrite=overwrite)
     return record

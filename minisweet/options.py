@@ -11,10 +11,22 @@ from minisweet.methods import METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions(Options):
-    """The options for training. Raises InputError, which names the option, for a value that is not allowed."""
+class CommonOptions(Options):
+    """What train.py and minisweet fit both take. Raises InputError, which names the option, for a wrong value."""
 
     model: str = option("minilm-l6", name_of, f"{', '.join(REPOSITORIES)}, a folder or a hub id")
+    seed: int = option(0, whole_number(0), "random seed of the subset, new weights, order and dropout")
+    lr: float | None = option(None, positive_number, "initial learning rate (default: by the model and the task)")
+    epochs: int | None = option(None, whole_number(1), "passes over the data (default: by the task or its rows)")
+    batch_size: int | None = option(None, whole_number(1), "examples (default: 16, and 8 for a large DeBERTa)")
+    device: str = option("auto", name_of, "auto, cpu, cuda or cuda:N")
+    amp: str = option("auto", one_of(*AMP_CHOICES), AMP_HELP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(CommonOptions):
+    """The options of train.py."""
+
     method: str = option("sweet", one_of(*METHODS), ", ".join(METHODS))
     exit_layers: list[int] | None = option(
         None, list_of(whole_number(1)), "counted from 1, as in 1,4,6,12 (default: the paper's, by the model's depth)"
@@ -26,15 +38,7 @@ class TrainingOptions(Options):
         "what exits read: cls, or the mean of the tokens (default: the checkpoint's)",
     )
     train_size: int = option(6000, whole_number(1), "training examples, drawn by the seed")
-    seed: int = option(0, whole_number(0), "seed of the subset, new weights, order and dropout")
-    lr: float | None = option(
-        None, positive_number, "initial learning rate (default: the paper's, or by the model's size)"
-    )
-    epochs: int | None = option(None, whole_number(1), "passes over the data (default: 2, toy 3, own 2 or 750 steps)")
-    batch_size: int | None = option(None, whole_number(1), "examples (default: 16, and 8 for a large DeBERTa)")
     max_length: int = option(256, whole_number(8), "tokens; longer texts are cut")
-    device: str = option("auto", name_of, "auto, cpu, cuda or cuda:N")
-    amp: str = option("auto", one_of(*AMP_CHOICES), AMP_HELP)
 
 
 class Resolved(TrainingOptions):

@@ -1,10 +1,10 @@
 """The outputs of all exits for all texts: one forward pass, from which the decisions at every threshold follow exactly.
 
-Dimension letters: K exits, N texts, n some of them, C classes, P thresholds.
+Dimension letters: K exits, N texts, n some of them, B at once, T tokens, C classes, P thresholds.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,52 +64,62 @@ class Outputs(NamedTuple):
         return (place % count)[text]
 
 
-@torch.no_grad()
-def ask_all(
-    model: ExitModel,
+@torch.no_grad()  # inference_mode would make autocast cast the weights anew for each product
+def run_all(
+    step: Callable[[Tensor, Tensor, Tensor], Tensor],
     texts: Texts,
+    device: torch.device,
     precision: torch.dtype | None = None,
-    metric: str = "accuracy",
+    batch_size: int = BATCH_SIZE,
     title: str = "evaluate",
-) -> Outputs:
-    """Run all exits of a model on all texts, on the model's device.
+) -> Tensor:
+    """Run a step on all texts. Returns its outputs (N, ...) in the order of the texts, in float32 and on the CPU.
 
     Args:
-        model: in evaluation mode.
+        step: maps input_ids, attention_mask and token_type_ids, (B, T) each on the device, to an output (B, ...).
         texts: N texts.
+        device: to run on.
         precision: the type to autocast to; None means float32.
-        metric: the metric of predictions.
+        batch_size: the largest B.
         title: the title of the progress bar.
 
-    Returns the outputs in the order of the texts, in float32 and on the CPU.
+    Raises InputError if an output is infinite or NaN.
     """
-    device = next(model.parameters()).device
-    rows, logits, certainties = [], [], []
-    bar = progress(total=len(texts), unit="text", desc=title)
-    with bar, torch.autocast(device.type, precision, enabled=precision is not None):
-        for batch in texts.by_length(BATCH_SIZE, tokens_at_once(device)):
-            exit_logits, certainty = zip(*model.exit_by_exit(*batch.to(device).inputs), strict=True)
+    rows, found = [], []
+    with (
+        torch.autocast(device.type, precision, enabled=precision is not None),
+        progress(total=len(texts), unit="text", desc=title) as bar,
+    ):
+        for batch in texts.by_length(batch_size, tokens_at_once(device)):
             rows.append(batch.rows)
-            logits.append(torch.stack([values.float().cpu() for values in exit_logits]))
-            if None not in certainty:
-                certainties.append(torch.stack([values.float().cpu() for values in certainty]))
+            found.append(step(*batch.to(device).inputs).float().cpu())
             bar.update(len(batch.rows))
-    order = torch.cat(rows).argsort()
+    whole = torch.cat(found)[torch.cat(rows).argsort()]
+    if not whole.isfinite().all():
+        raise InputError("the exits give infinite numbers or NaN; try --amp off, or train at a lower --lr")
+    return whole
+
+
+def ask_all(model: ExitModel, texts: Texts, precision: torch.dtype | None = None, metric: str = "accuracy") -> Outputs:
+    """Run all exits of a model, in evaluation mode, on N texts. `metric` is that of the predictions."""
+
+    def step(*inputs: Tensor) -> Tensor:  # (B, K, C), and learning-to-exit has the certainty as one more column
+        exits = model.exit_by_exit(*inputs)
+        return torch.stack(
+            [logits if sure is None else torch.cat([logits, sure[:, None]], 1) for logits, sure in exits], 1
+        )
+
+    found = run_all(step, texts, next(model.parameters()).device, precision).transpose(0, 1).contiguous()
+    C = model.num_labels
     return Outputs(
-        logits=torch.cat(logits, dim=1)[:, order],
-        certainty=torch.cat(certainties, dim=1)[:, order] if certainties else None,
+        logits=found[..., :C].contiguous(),
+        certainty=found[..., C].contiguous() if found.shape[-1] > C else None,
         labels=torch.tensor(texts.labels, device="cpu"),
         keys=torch.tensor(texts.keys, device="cpu"),
         metric=metric,
         exits=exits_of(model),
         precision=str(precision or torch.float32),
     )
-
-
-def check_finite(outputs: Outputs, folder: Path | str) -> None:
-    """Raise InputError, naming the run in `folder`, if logits or certainties are infinite or NaN."""
-    if not all(part.isfinite().all() for part in (outputs.logits, outputs.certainty) if part is not None):
-        raise InputError(f"{folder}: its exits give infinite numbers or NaN; try --amp off, or train at a lower --lr")
 
 
 def write_outputs(path: Path, outputs: Outputs, run_id: str) -> None:

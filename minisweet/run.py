@@ -45,11 +45,9 @@ class Record:
     depth: int  # the number of layers of the original encoder
     vocab_size: int
     losses: dict = field(default_factory=dict)  # by stage: the losses of each step
-    stages: dict = field(default_factory=dict)  # by stage: seconds
-    seconds: float = 0.0
+    seconds: float = 0.0  # of training
     diverged: int | None = None  # the step at which a loss or a weight became infinite or NaN; there are no weights
     subset: list[int]  # the rows that were trained on
-    digest: str  # the SHA-256 of the training and validation data
     weights: str  # the SHA-256 of the file that the training started from
     trained_keys: list[int]  # the keys of the texts that were trained on
     device: str

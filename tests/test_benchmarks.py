@@ -12,7 +12,6 @@ from random import Random
 
 import pytest
 
-from minisweet.base.devices import processor
 from minisweet.classifier import fit
 from minisweet.paper import report
 from tests import benchmark
@@ -156,7 +155,7 @@ def test_the_studies_run_as_they_stand_on_the_page(place, copies, monkeypatch):
 
 
 @pytest.mark.slow
-def test_speed_is_measured_like_for_like(copies, run_of, monkeypatch):
+def test_speed_is_measured_like_for_like(copies, own_run, monkeypatch):
     for extra in ("onnx", "onnxscript", "onnxruntime", "transformers"):
         pytest.importorskip(extra, reason=f"{extra}, which the timings need, is missing")
     in_turns, calls = speed.take_turns, []
@@ -170,9 +169,15 @@ def test_speed_is_measured_like_for_like(copies, run_of, monkeypatch):
         return found
 
     monkeypatch.setattr(speed, "take_turns", take_turns)
-    assert run(speed, run_of("bag"), "--turns", 1, "--texts", 32, "--write") == 0
-    rows = [row for row in read_rows(copies / "CLASSIFIER" / "speed.csv") if row["model"] == "tiny"]
-    kinds = [("float32", 10)] + [("bfloat16", 3)] * processor()[1] + [("int8", 4)]
-    assert [(kind, [row["precision"] for row in rows].count(kind)) for kind, _ in kinds] == kinds
-    full = {row["score"] for row in rows if row["precision"] == "float32" and row["share"] == "1.00"}
-    assert len(full) <= 2  # one model; the bag of words has a say in ours
+    file = own_run.parent / "own.csv"
+    monkeypatch.chdir(own_run.parent)  # where its model lies
+    assert run(speed, file, file, own_run, own_run, "--turns", 1, "--write") == 0
+    rows = {(row["precision"], row["side"]): row for row in read_rows(copies / "CLASSIFIER" / "speed.csv")}
+    assert [[kind for kind, _ in rows].count(kind) for kind in ("float32", "int8")] == [11, 5]
+    for first, second in (
+        ("our file, deployed", "our classifier, deployed"),
+        ("our file, full depth", "our classifier, full depth"),
+        ("ONNX Runtime", "transformers"),
+        ("our file, deployed", "our file, unlabelled texts, deployed"),
+    ):
+        assert rows["float32", first]["score"] == rows["float32", second]["score"]

@@ -6,7 +6,6 @@ import pickle
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -108,14 +107,13 @@ def test_rows_to_validate_on_and_more_unlabelled_texts(new):
     texts, labels = opinions_of(slice(90))
     more = texts[15:50] + texts[70:]  # the more, so that the model learns of them
     classify = new().fit(np.array(texts[:15]), labels[:15], unlabelled=more, validation=(texts[50:70], labels[50:70]))
-    assert {"probe", "learning from its own answers"} <= {*classify.record.stages}
+    assert list(classify.state.trained.record.losses) == ["fine-tuning", "learning from its own answers"]
     assert classify.state.trained.validation.first == texts[50:70]
 
 
 GOOD = opinions_of(slice(40))
 BAD = [
     (GOOD[0], GOOD[1][:3], {}, "labels: 3, should be as many as the texts, 40"),
-    ([("a", "b"), "c"], ["x", "y"], {}, "item 0: ('a', 'b'), should be one text; join the two texts into one"),
     (None, None, {}, "texts: None, should be a list"),
     (GOOD[0], [1, "x"] * 20, {}, "labels: int and str are mixed, should be of one type"),
     (GOOD[0], ["x", "\ud800"] * 20, {}, r"item 1: '\ud800' holds half of a character"),
@@ -172,9 +170,10 @@ def test_what_cannot_be_answered_is_named(own_run):
     assert refused(load, own_run, threshold=1.5) == "threshold: 1.5, should be a number from 0 to 1"
 
 
-def frame(*columns: list) -> SimpleNamespace:
+def frame(*columns: list) -> object:
     """What a frame or a series of pandas is to us."""
-    return SimpleNamespace(to_numpy=lambda: np.array(columns, dtype=object).T)
+    kind = type("Frame", (), {"__array__": lambda *_, **options: np.array(columns, dtype=object).T})
+    return kind()
 
 
 NA = type("NAType", (), {"__eq__": lambda *_: NA, "__ne__": lambda *_: NA, "__bool__": lambda _: 1 / 0})()  # pandas'
@@ -223,8 +222,7 @@ def test_what_the_commands_do_is_done_from_python(new, tmp_path):
 def test_before_it_is_trained_it_says_so(new, tmp_path):
     for call in (lambda: new().predict(["a"]), new().choose, lambda: new().save(tmp_path / "a")):
         assert "not trained yet; call fit, or EarlyExitClassifier.load" in refused(call)
-    error = refused(new().set_params, max_loss=1)
-    assert error == f"max_loss: unknown parameter, should be one of {', '.join(PARAMETERS)}"
+    assert refused(new().set_params, max_loss=1).startswith("max_loss: unknown parameter, should be one of model, ")
 
 
 def test_any_number_of_texts_in_order(own_run):

@@ -63,8 +63,7 @@ def test_a_trunk_gets_a_bag_of_words_and_stays_as_it_is(fitted):
     assert are_equal(tensors_of("trunk"), tensors_of("run"))
     assert not are_equal(*(tensors_of(run, "bag_of_words") for run in ("trunk", "run")))
     before, record = (read_json(Path(f"{name}/run.json")) for name in ("trunk", "run"))
-    assert (record["losses"], list(record["stages"])) == ({}, ["exit 0"])
-    assert (before["fit"]["combines"], record["fit"]["combines"]) == (True, False)
+    assert record["losses"] == {}
     assert set(before["trained_keys"]) < set(record["trained_keys"])
 
 
@@ -108,7 +107,7 @@ def test_epochs_follow_from_what_is_learned(command, monkeypatch):
 
     monkeypatch.setattr(training, "fine_tune", record)
     status, _, err = command(fit, *"own.csv --unlabelled more.csv --unlabelled most.csv".split(), *options)
-    assert (status, f"{sum(steps):,} steps, lr" in err) == (0, True), err
+    assert status == 0, err
     assert titles == ["fine-tuning", "learning from its own answers"]
     assert steps == [epochs_of(240, 4) * 240 // 4, EPOCHS_AGAIN * (240 + 400) // 4]  # of 300, and of 600 others
 
@@ -162,7 +161,7 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
     for files, counts, stages in (
         (
             [folder / "more.csv", "half.jsonl"],
-            "401 to learn from, 100 to judge; left out: 28 also labelled, or duplicates\n",
+            "401 to learn from, 100 to judge, 28 left out\n",
             {"fine-tuning": 240, "learning from its own answers": 240 + 401},
         ),
         (["few.csv"], "80 to learn from, 20 to judge", {"fine-tuning": 240}),
@@ -170,7 +169,6 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
         more = [word for file in files for word in ("--unlabelled", file)]
         status, _, err = command(fit, *options, *more, "--overwrite")
         assert (status, f"unlabelled texts: {counts}" in err) == (0, True), err
-        assert f"epochs: 2, fewer than the default of {epochs_of(240, 16)}; the model may learn little" in err
         steps = {stage: len(losses) for stage, losses in read_json(Path("run/run.json"))["losses"].items()}
         assert steps == {stage: 2 * -(-rows // 16) for stage, rows in stages.items()}
     for before, texts in embedded:
@@ -196,7 +194,7 @@ def test_a_finished_classifier_gets_an_exit_without_any_label(own_run, command):
         assert ("its labels have no names" in err) is (trunk is theirs)
         run, record, head = state_of("run"), read_record(Path("run")), "pooler" if trunk is theirs else "linear"
         assert (record.labels, record.arguments.max_length, record.fit["head"]) == (labels, 32, head)
-        assert (run.point.labelled_judges, run.point.full_depth, record.fit["combines"]) == (0, 100.0, False)
+        assert (run.point.labelled_judges, run.point.full_depth, run.point.weights) == (0, 100.0, [0, 0])
         logits = run.trained.model(*random_batch())[-1], load_trunk(trunk).model(*random_batch())[0]
         torch.testing.assert_close(*logits, rtol=0, atol=0)
 
@@ -218,7 +216,7 @@ def test_groups_stay_together_in_all_files_and_judge_by_one_text(own_run, comman
     aside = {*threads[is_labelled]}, {*threads[~is_labelled]}
     assert (len(aside[0]), len(aside[1])) == (30, 20)
     apart = sum(thread in aside[0] for _, thread in more)
-    assert f"left out: 0 also labelled, or duplicates, {apart} in groups of validation rows\n" in err
+    assert f"to judge, {apart} left out\n" in err
     learnt = [text for text, *_, thread in rows + more if thread not in aside[0] | aside[1]]
     assert set(run.trained.record.trained_keys) == {*run.tokenize(learnt).keys.tolist()}
     assert run.point.judging_texts == 30 + 20 - math.ceil(30 / CHOOSING) - 20 // CHOOSING

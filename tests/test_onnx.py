@@ -150,7 +150,7 @@ def test_file_tells_what_it_is_and_the_guides_python_runs_it(chosen, tmp_path):
     run, file = chosen, tmp_path / "tickets.onnx"
     classify = EarlyExitClassifier.load(run)
     first, rows, _, promised = classify.export(file)
-    point, record = classify.operating_point, classify.record
+    point, record = classify.operating_point, classify.state.trained.record
     assert first.endswith(f"by default at threshold {point.threshold:.6g}")
     assert rows.endswith(": 0 answers or exits are not the model's")
     assert promised == point.promise != ""

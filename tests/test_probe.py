@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from minisweet import load_encoder
-from minisweet.classifier.probe import PRIOR_VARIANCE, LinearHead, embed, fit_probe, run_all, with_linear_head
+from minisweet.classifier.probe import PRIOR_VARIANCE, LinearHead, embed, fit_probe, with_linear_head
+from minisweet.outputs import run_all
 from minisweet.texts import Examples, Texts, load_tokenizer
 from tests.conftest import WORDS, write_model
 

@@ -38,7 +38,6 @@ REFUSALS = [
     ("evaluate", "ee --predict own.csv --threshold 1.5", "--threshold: '1.5', should be a number from 0 to 1"),
     ("evaluate", "ee --threshold 0", "--threshold: needs --predict FILE.tsv"),
     ("evaluate", "ee --predict own.csv --threshold 1 --thresholds 3", "--thresholds: needs a command without --predi"),
-    ("evaluate", "ee --predict own.csv --threshold 1 --plot a.png", "--plot: needs a command without --predict"),
     ("evaluate", "ee --predict own.csv --threshold 1", "own.csv: no column sentence; its header names text,label"),
     ("evaluate", "ee --predict tiny --threshold 1", "tiny: cannot be read ("),
     ("evaluate", "old", "old: a run of an earlier version of minisweet; "),

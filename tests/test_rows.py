@@ -4,8 +4,8 @@ import csv
 import json
 from itertools import accumulate
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,13 +92,13 @@ def test_columns_as_in_training_and_two_are_refused(tmp_path):
     path = write(tmp_path / "a.csv", [dict.fromkeys(["text", "a", "b"], "t")])
     for named, trained, found in (
         (None, (), "text"),
-        (["b"], ["text"], "b"),
+        ("b", ["text"], "b"),
         (None, ["a"], "a"),
         (None, ["c"], "text"),
     ):
         assert text_column(path, named, trained) == found
     advice = "join the two texts into one, or train on pairs with train.py"
-    assert refused(text_column, path, ["a", "b"]) == f"--text-columns: a,b, should be one column; {advice}"
+    assert refused(text_column, path, "a,b") == f"{path}: no column a,b; it has text, a, b; {advice}"
     path = write(tmp_path / "b.csv", [dict.fromkeys(["sentence1", "sentence2"], "t")])
     message = f"{path}: no column text or sentence; it has sentence1, sentence2; {advice}"
     assert refused(text_column, path, None) == message
@@ -119,15 +119,14 @@ def test_labels_are_names_sorted_by_number_where_all_are_numbers(tmp_path):
 
 
 def test_what_is_no_list_of_texts_is_refused():
-    for columns, advice in (
-        (["file", "text", "label"], "file, text, label; pass df['text']"),
-        (["body", "label"], "body, label; pass df['body']"),
-    ):
-        assert refused(texts_of, SimpleNamespace(columns=columns)) == f"texts: the frame has columns {advice}"
-    for texts in ({"a"}, "a text"):
-        assert refused(texts_of, texts) == f"texts: {texts!r}, should be a list; for one text: [text]"
+    advice = "join the two texts into one, or train on pairs with train.py"
+    message = f"texts: has 2 columns, should have one, such as df['text']; {advice}"
+    assert refused(texts_of, np.array([["a", "x"], ["b", "y"]])) == message
+    for wrong in ({"a"}, {"a": 1}, "a text", 1):
+        assert refused(texts_of, wrong) == f"texts: {wrong!r}, should be a list, such as [text] for one text"
     assert refused(texts_of, ["\ud800"]).startswith(r"item 0: it holds '\ud800', half of a character")  # of an emoji
-    assert refused(names_of, {"a"}, 1, "labels") == "labels: {'a'}, should be a list"
+    assert texts_of(text for text in "ab").first == texts_of(np.array([["a"], ["b"]])).first == ["a", "b"]
+    assert names_of(np.array([1, 2]), 2, "labels") == (["1", "2"], {"int"})
 
 
 REFUSED = [

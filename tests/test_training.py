@@ -74,7 +74,7 @@ def test_a_run_tells_what_made_it(command, model_dir, method):
     assert len(record["subset"]) == 48 == len(set(record["subset"]))
     steps, exits = zip(*map(np.shape, record["losses"].values()), strict=True)
     assert ({*steps}, sum(exits), record["exit_layers"]) == ({6}, 3, [1, 2, 4])
-    assert list(record["stages"]) == (["layers 1", "layers 2", "layers 4"] if method == "mm" else [method])
+    assert list(record["losses"]) == (["layers 1", "layers 2", "layers 4"] if method == "mm" else [method])
     assert record["trained_keys"] == sorted({*toy_examples(model_dir, record["subset"]).keys.tolist()})
     assert {"torch", "tokenizers", "python"} <= set(record["versions"])
     assert record["weights"] == hashlib.sha256((model_dir / "model.safetensors").read_bytes()).hexdigest()

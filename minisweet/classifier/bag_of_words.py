@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.base.commands import progress
-from minisweet.base.files import InputError
 
 BUCKETS = 2**16  # rows for all bigrams, which are hashed
 FEW_CLASSES = 4
@@ -32,7 +31,6 @@ STEPS = 25  # of L-BFGS; 100 are no better
 CURVATURE = 0.25  # of the loss at zero weights, times 1 / C; it decreases towards the minimum
 SCALES = (0.35, 0.7, 1.4)  # of the embeddings, chosen on held-out texts: large for few texts, small for many
 LARGE = 2**21  # numbers in the rows to fit
-MOST = 2**27  # numbers in the whole table, or in the logits of all texts
 
 Inputs = tuple[Tensor, Tensor]  # input_ids, attention_mask: (B, T) each, int64
 
@@ -80,14 +78,6 @@ class NgramExit(nn.Module):
         rows, counts = self.find_rows(input_ids, attention_mask)
         root = counts.sum(1).clamp(min=1).sqrt()[:, None, None]
         return self.table[rows] * counts[..., None] / root
-
-
-def check_size(vocab_size: int, num_labels: int, texts: int) -> None:
-    """Raise InputError if there are too many classes to hold the table, or the logits of all texts, in memory."""
-    most = MOST // max(vocab_size + BUCKETS, texts)
-    if num_labels > most:
-        reason = f"exit 0 can be fitted for at most {most:,} classes here, and there are {num_labels:,}"
-        raise InputError(reason)
 
 
 @torch.no_grad()

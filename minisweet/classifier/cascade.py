@@ -37,7 +37,7 @@ class Logits(NamedTuple):
     def take(self, rows: np.ndarray) -> "Logits":
         """The logits for some texts (n,)."""
         known = self.labels[rows], self.keys[rows], self.units[rows]
-        return Logits(self.bag[rows], self.model[rows], *known, precision=self.precision)
+        return Logits(self.bag[rows], self.model[rows], *known, self.precision)
 
 
 class Answers(NamedTuple):
@@ -58,8 +58,8 @@ class Answers(NamedTuple):
 
     def take(self, rows: np.ndarray) -> "Answers":
         """The answers to some texts: their numbers (n,), or whether each one is taken (N,)."""
-        parts = {name: part[rows] for name, part in self._asdict().items() if name != "num_labels"}
-        return self._replace(**parts)
+        known = self.labels[rows], self.keys[rows], self.units[rows]
+        return Answers(self.confidence[rows], self.early[rows], self.full[rows], *known, self.num_labels)
 
     def filled(self) -> "Answers":
         """The same, a missing label replaced by full depth's answer."""

@@ -21,9 +21,8 @@ from minisweet.classifier.fit import FitOptions, Given, train
 from minisweet.classifier.folder import load_state, save_state
 from minisweet.classifier.operating_point import OperatingPoint, measure
 from minisweet.classifier.promise import Goal
-from minisweet.classifier.rows import Columns, label_name, labelled_texts, names_of, texts_of, with_text
+from minisweet.classifier.rows import label_name, labelled_texts, names_of, texts_of, with_text
 from minisweet.classifier.state import Answer, State, chosen
-from minisweet.run import Record
 
 PARAMETERS = vars(FitOptions()) | vars(Goal()) | {"verbose": 0}
 THRESHOLD, AT_MOST = number(0, 1), whole_number(1)
@@ -155,7 +154,7 @@ class EarlyExitClassifier:
                 raise InputError("has no rows", "validation")
             label_type = label_type if type_there == label_type or not any(others.names or ()) else "str"
         with telling(bool(self.verbose)), torch.random.fork_rng(range(torch.cuda.device_count())):
-            self.train_on(Given("texts", rows, others, more, Columns("text"), label_type))
+            self.train_on(Given("texts", rows, others, more, label_type))
         return self
 
     def train_on(self, given: Given) -> None:
@@ -263,11 +262,6 @@ class EarlyExitClassifier:
     def operating_point(self) -> OperatingPoint:
         """What was chosen, and what to expect of it on new text."""
         return self.state.point
-
-    @property
-    def record(self) -> Record:
-        """The record of the training."""
-        return self.state.trained.record
 
     @property
     def classes_(self) -> np.ndarray:

@@ -106,7 +106,7 @@ def write_page(path: Path, state: State) -> None:
         "thresholds": thresholds,
         "lowest": lowest,
         "point": asdict(point) | {"promise": point.promise},
-        "metric": metric_name(answers),
+        "metric": metric_name(answers.labels),
         "sentences": texts.examples.texts(),
         "predictions": classes.tolist(),
         "confidences": [[float(f"{sure:.9g}") for sure in row] for row in (answers.confidence.tolist(), full.tolist())],

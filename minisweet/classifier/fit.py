@@ -11,9 +11,7 @@ A trunk, which is a finished classifier, is not trained; only a bag of words is 
 import copy
 import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -23,21 +21,22 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from minisweet.base.commands import Options, name_of, number, one_of, option, positive_number, whole_number
-from minisweet.base.devices import AMP_CHOICES, AMP_HELP, choose_device, choose_precision, device_name
+from minisweet.base.commands import name_of, number, option, whole_number
+from minisweet.base.devices import choose_device, choose_precision, device_name
 from minisweet.base.files import LOG, InputError
-from minisweet.checkpoint import REPOSITORIES, WEIGHTS, load_encoder, read_config
-from minisweet.classifier.bag_of_words import NgramExit, check_size, fit_ngrams
-from minisweet.classifier.probe import embed, fit_probe, run_all, with_linear_head
-from minisweet.classifier.rows import Columns, LabelType, joined
+from minisweet.checkpoint import WEIGHTS, load_encoder, read_config
+from minisweet.classifier.bag_of_words import NgramExit, fit_ngrams
+from minisweet.classifier.probe import embed, fit_probe, with_linear_head
+from minisweet.classifier.rows import LabelType, joined
 from minisweet.classifier.split import Split, class_numbers, classes_of, split_rows, warn_of_near_duplicates
-from minisweet.classifier.state import FitRecord, Trained, group_hash, in_groups
+from minisweet.classifier.state import FitRecord, Trained, in_groups
 from minisweet.classifier.trunk import Trunk, load_trunk
 from minisweet.config import Config
 from minisweet.defaults import SMALL, default_batch_size
 from minisweet.exits import MultiExitModel
 from minisweet.hub import model_folder
-from minisweet.options import TrainingOptions
+from minisweet.options import CommonOptions, TrainingOptions
+from minisweet.outputs import run_all
 from minisweet.run import Record, versions, weights_id
 from minisweet.texts import Examples, Texts, load_tokenizer, special_ids
 from minisweet.training import fine_tune
@@ -54,19 +53,12 @@ def epochs_of(rows: int, batch_size: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitOptions(Options):
-    """The options for training on your own text. Raises InputError, which names the option, for a wrong value."""
+class FitOptions(CommonOptions):
+    """The options of minisweet fit."""
 
-    model: str = option("minilm-l6", name_of, f"{', '.join(REPOSITORIES)}, a folder or a hub id")
     trunk: str | None = option(None, name_of, "run or classifier to start from; it is not trained")
     dev_size: float = option(0.2, number(0.0001, 0.9999), "share of the labelled texts, or groups, that is set aside")
-    seed: int = option(0, whole_number(0), "random seed of order and dropout")
-    lr: float | None = option(None, positive_number, "initial learning rate (default: by the model's size)")
-    epochs: int | None = option(None, whole_number(1), "passes over the data (default: by the number of rows)")
-    batch_size: int | None = option(None, whole_number(1), "examples (default: 16, and 8 for a large DeBERTa)")
     max_length: int | None = option(None, whole_number(8), "tokens; longer texts are cut (default: 256, or a trunk's)")
-    device: str = option("auto", name_of, "auto, cpu, cuda or cuda:N")
-    amp: str = option("auto", one_of(*AMP_CHOICES), AMP_HELP)
 
 
 class Given(NamedTuple):
@@ -76,8 +68,10 @@ class Given(NamedTuple):
     rows: Examples  # to learn from, with or without labels; some are set aside to validate on
     validation: Examples | None  # rows to validate on in their place
     unlabelled: Examples | None  # more rows without labels
-    columns: Columns  # of the file of `rows`, for the record
     label_type: LabelType = "str"  # of the labels in Python
+    text_column: str = "text"  # of the file of `rows`, like the next two
+    label_column: str | None = None
+    group_column: str | None = None
 
 
 class Source(NamedTuple):
@@ -104,21 +98,15 @@ def train(options: FitOptions, given: Given) -> Trained:
     model = trunk.model if trunk else with_linear_head(load_encoder(source.folder, pooling="mean"), len(split.labels))
     embeddings = model.encoder.word_embeddings.weight.detach().clone()  # (V, D), before they are trained
     record, about = start_record(options, given, source, split)
-    stages = Stages(options, source, record)
+    started = time.perf_counter()
     if trunk:
         LOG.info("no layer is trained: the trunk stays as it is")
     else:
-        train_model(options, model, split, stages)
-    bag = train_bag(model, split, embeddings, source, stages)
-    seconds = sum(stages.seconds.values())
+        record.losses.update(train_model(options, model, split, source))
+    bag = train_bag(options, model, split, embeddings, source)
+    seconds = round(time.perf_counter() - started, 1)
     LOG.info("trained in %.0f s", seconds)
-    record = replace(
-        record,
-        id=weights_id(model),
-        losses=stages.losses,
-        stages={stage: round(value, 1) for stage, value in stages.seconds.items()},
-        seconds=round(seconds, 1),
-    )
+    record = replace(record, id=weights_id(model), seconds=seconds)
     return Trained(record, about, model.eval(), bag, source.tokenizer, split.validation.examples)
 
 
@@ -148,7 +136,6 @@ def split_data(options: FitOptions, given: Given, source: Source) -> Split:
     split = split_rows(given.name, texts, labels, count, options.dev_size)
     if given.unlabelled and given.unlabelled.first and not len(split.unlabelled):
         raise InputError("no text is left: all of them are also labelled, or set aside", "unlabelled")
-    check_size(source.config.vocab_size, len(labels), len(split.learning))
     if not examples.groups:  # whoever names groups knows what belongs together
         warn_of_near_duplicates(split.validation, texts.take(split.learning))
     LOG.info("%s, %d layers", source.folder, source.config.num_hidden_layers)
@@ -163,36 +150,29 @@ def start_record(options: FitOptions, given: Given, source: Source, split: Split
     """The record of the training, as far as it is known before."""
     trunk, texts, depth = source.trunk, split.texts, source.config.num_hidden_layers
     groups, validated = (
-        {group_hash(group) for group in texts.examples.take(rows).groups or () if group}
+        {group for group in texts.examples.take(rows).groups or () if group}
         for rows in (split.learning, split.validating)
     )
     trained_keys, trained_groups = (trunk.trained_keys, trunk.trained_groups) if trunk else ((), ())
     in_trained_group = texts.keys[in_groups(texts.examples, trained_groups)]  # of a trunk's groups: these never judge
-    digests = "".join(texts.examples.take(rows).digest() for rows in (split.validating, split.learning))
     about = FitRecord(
         head=trunk.head if trunk else "linear",
         label_type=trunk.label_type if trunk else given.label_type,
-        label_column=given.columns.label,
-        group_column=given.columns.group,
+        label_column=given.label_column,
+        group_column=given.group_column,
         set_aside=1.0 if given.validation else options.dev_size,
         trunk=options.trunk,
         dev_size=options.dev_size,
-        combines=not trunk,
         trained_groups=sorted({*trained_groups, *groups}),
         validated_groups=sorted(validated - groups),
     )
+    common = {item.name: getattr(options, item.name) for item in fields(CommonOptions)}
     arguments = TrainingOptions(
-        model=options.trunk or options.model,
+        **common | {"model": options.trunk or options.model, "lr": source.lr, "batch_size": source.batch_size},
         exit_layers=[depth],
         pooling=trunk.model.encoder.config.pooling if trunk else "mean",
         train_size=len(split.labelled) or len(split.unlabelled),
-        seed=options.seed,
-        lr=source.lr,
-        epochs=options.epochs,
-        batch_size=source.batch_size,
         max_length=source.max_length,
-        device=options.device,
-        amp=options.amp,
     )
     device = choose_device(options.device)
     record = Record(
@@ -200,12 +180,11 @@ def start_record(options: FitOptions, given: Given, source: Source, split: Split
         task=given.name,
         labels=list(split.labels),
         metric="accuracy",
-        text_columns=[given.columns.text],
+        text_columns=[given.text_column],
         exit_layers=[depth],
         depth=depth,
         vocab_size=source.config.vocab_size,
         subset=split.labelled.tolist(),
-        digest=hashlib.sha256(digests.encode()).hexdigest(),
         weights=hashlib.sha256((source.folder / WEIGHTS).read_bytes()).hexdigest(),
         trained_keys=sorted({*trained_keys, *in_trained_group.tolist(), *texts.keys[split.learning].tolist()}),
         device=device_name(device),
@@ -216,79 +195,56 @@ def start_record(options: FitOptions, given: Given, source: Source, split: Split
     return record, about
 
 
-class Stages:
-    """Runs the stages one by one, and keeps their losses and seconds."""
-
-    def __init__(self, options: FitOptions, source: Source, record: Record) -> None:
-        self.options, self.source, self.record = options, source, record
-        self.device = choose_device(options.device)
-        self.losses: dict[str, list] = {}
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Measure the seconds that the stage `name` takes."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
-
-    def tune(self, name: str, model: MultiExitModel, texts: Texts, epochs: int) -> None:
-        """Train the model in the stage `name`."""
-        source, seed = self.source, self.options.seed
-        precision = choose_precision(self.options.amp, self.device, training=True)
-        try:
-            with self.timed(name):
-                where = seed, self.device, precision
-                losses = fine_tune(model, texts, epochs, source.batch_size, source.lr, *where, title=name)
-        except FloatingPointError as error:
-            message = f"at {source.lr:g} the loss became infinite or NaN at step {error.args[0]}; try a lower one"
-            raise InputError(message, "lr") from None
-        self.losses[name] = np.round(losses, 5).tolist()
-
-    def ask(self, name: str, model: MultiExitModel, texts: Texts) -> Tensor:
-        """The probabilities (N, C) that a model gives for N texts."""
-        model.eval().to(self.device)
-        precision = choose_precision(self.options.amp, self.device)  # as in evaluation: float32 on a CPU
-        with self.timed(name):
-            title = "answering unlabelled texts"
-            logits = run_all(lambda *inputs: model(*inputs)[0], texts, self.device, precision, title=title)
-        model.cpu()
-        return logits.softmax(-1)
+def train_model(options: FitOptions, model: MultiExitModel, split: Split, source: Source) -> dict[str, list]:
+    """The probe, then all layers; and once more if more texts are unlabelled than labelled. Returns the losses."""
+    labelled = split.texts.take(split.labelled)
+    epochs = options.epochs or epochs_of(len(labelled), source.batch_size)
+    vectors = embed(model.encoder.eval().to(choose_device(options.device)), labelled)
+    fit_probe(model.cpu().heads[0], vectors, torch.from_numpy(labelled.labels))
+    losses = {"fine-tuning": tune(options, model, labelled, epochs, source, "fine-tuning")}
+    if len(labelled) < len(split.unlabelled):
+        again = np.sort(np.random.default_rng(0).permutation(split.unlabelled)[:MOST_AGAIN])
+        answers = answers_of(options, model, split.texts.take(again))
+        known, name = split.texts.take(np.concatenate([split.labelled, again])), "learning from its own answers"
+        epochs = options.epochs or EPOCHS_AGAIN
+        losses[name] = tune(options, model, with_answers(known, answers), epochs, source, name)
+    return losses
 
 
-def train_model(options: FitOptions, model: MultiExitModel, split: Split, stages: Stages) -> None:
-    """The probe, then all layers; and once more if more texts are unlabelled than labelled."""
-    labelled, size = split.texts.take(split.labelled), stages.source.batch_size
-    rule = epochs_of(len(labelled), size)
-    epochs, epochs_again = options.epochs or rule, options.epochs or EPOCHS_AGAIN
-    again = split.unlabelled[np.sort(np.random.default_rng(0).permutation(len(split.unlabelled))[:MOST_AGAIN])]
-    again = again if len(labelled) < len(split.unlabelled) else again[:0]
-    known = split.texts.take(np.concatenate([split.labelled, again]))
-    steps = epochs * ceil(len(labelled) / size) + epochs_again * ceil(len(known) / size) * (len(again) > 0)
-    about = stages.source.lr, options.seed, stages.record.device, stages.record.precision
-    LOG.info("%s steps, lr %g, seed %d, %s, %s", f"{steps:,}", *about)
-    if epochs < rule:
-        LOG.warning("epochs: %d, fewer than the default of %d; the model may learn little", epochs, rule)
-    with stages.timed("probe"):
-        vectors = embed(model.encoder.eval().to(stages.device), labelled)
-        model.cpu()
-        fit_probe(model.heads[0], vectors, torch.from_numpy(labelled.labels))
-    stages.tune("fine-tuning", model, labelled, epochs)
-    if len(again):
-        answers = stages.ask("model answers", model, split.texts.take(again))
-        stages.tune("learning from its own answers", model, with_answers(known, answers), epochs_again)
+def tune(options: FitOptions, model: MultiExitModel, texts: Texts, epochs: int, source: Source, title: str) -> list:
+    """Train all layers. Returns the losses of each step."""
+    device = choose_device(options.device)
+    precision = choose_precision(options.amp, device, training=True)
+    LOG.info("%s: %d epochs, lr %g, %s, %s", title, epochs, source.lr, device_name(device), precision or torch.float32)
+    try:
+        where = options.seed, device, precision
+        losses = fine_tune(model, texts, epochs, source.batch_size, source.lr, *where, title=title)
+        return np.round(losses, 5).tolist()
+    except FloatingPointError as error:
+        message = f"at {source.lr:g} the loss became infinite or NaN at step {error.args[0]}; try a lower one"
+        raise InputError(message, "lr") from None
 
 
-def train_bag(model: MultiExitModel, split: Split, embeddings: Tensor, source: Source, stages: Stages) -> NgramExit:
+def answers_of(options: FitOptions, model: MultiExitModel, texts: Texts) -> Tensor:
+    """The probabilities (N, C) that a model gives for N texts."""
+    model.eval().to(device := choose_device(options.device))
+    precision = choose_precision(options.amp, device)  # as in evaluation: float32 on a CPU
+    logits = run_all(lambda *inputs: model(*inputs)[0], texts, device, precision, title="answering unlabelled texts")
+    model.cpu()
+    return logits.softmax(-1)
+
+
+def train_bag(
+    options: FitOptions, model: MultiExitModel, split: Split, embeddings: Tensor, source: Source
+) -> NgramExit:
     """A bag of words that learns the labels, and the model's answers to texts without one."""
     learned = split.texts.take(split.learning)
     if len(split.unlabelled):
-        learned = with_answers(learned, stages.ask("unlabelled", model, split.texts.take(split.unlabelled)))
+        learned = with_answers(learned, answers_of(options, model, split.texts.take(split.unlabelled)))
     bag = NgramExit(source.config.vocab_size, len(split.labels), special_ids(source.tokenizer))
-    with stages.timed("exit 0"):
-        chunks = np.array_split(np.arange(len(learned)), -(-len(learned) // 256))
-        batches = [learned.batch(rows).inputs[:2] for rows in chunks]
-        fit_ngrams(bag, batches, torch.from_numpy(learned.targets), embeddings)
+    chunks = np.array_split(np.arange(len(learned)), -(-len(learned) // 256))
+    batches = [learned.batch(rows).inputs[:2] for rows in chunks]
+    fit_ngrams(bag, batches, torch.from_numpy(learned.targets), embeddings)
     return bag
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 
 from minisweet.adaptive import in_float32
-from minisweet.base.commands import Parser, list_of, name_of, path_to, progress
+from minisweet.base.commands import Parser, name_of, path_to, progress
 from minisweet.base.files import InputError, one_line
 from minisweet.classifier.cascade import Answers
 from minisweet.classifier.estimator import AT_MOST, THRESHOLD, EarlyExitClassifier
@@ -19,7 +19,6 @@ from minisweet.classifier.folder import save_choice, save_state
 from minisweet.classifier.operating_point import measure
 from minisweet.classifier.promise import Goal, texts_needed
 from minisweet.classifier.rows import (
-    Columns,
     all_columns,
     cell,
     find_column,
@@ -35,7 +34,6 @@ from minisweet.run import check_output
 from minisweet.texts import Examples
 
 WINDOW = 1024  # rows that `predict` reads, and sorts by length, at once
-MOST_CLASSES = 20  # with more, `test` does not list them
 
 
 def fit(words: list[str]) -> None:
@@ -53,7 +51,7 @@ def fit(words: list[str]) -> None:
     option = parser.add_argument
     option("file", nargs="?", type=Path, metavar="FILE", help="labelled texts: .csv, .tsv or .jsonl")
     option("--unlabelled", type=Path, action="append", default=[], metavar="FILE", help="more texts; repeatable")
-    option("--text-columns", type=list_of(name_of), help="the column of texts (default: text or sentence)")
+    option("--text-columns", type=name_of, help="the column of texts (default: text or sentence)")
     option("--label-column", metavar="NAME", help="(default: label)")
     option("--group-column", metavar="NAME", help="what a row belongs to, such as a thread; all its rows stay together")
     option("--dev-data", type=Path, metavar="FILE", help="validation rows (default: rows of FILE set aside)")
@@ -94,8 +92,8 @@ def read_files(args: Namespace, name: str) -> Given:
     rows = read(first, label) if args.file else Examples([], None, None, names=[])
     validation = read(args.dev_data, label) if args.dev_data else None
     unlabelled = joined(*(read(file, None) for file in args.unlabelled)) if args.unlabelled else None
-    columns = Columns(column, label if args.file else None, args.group_column)
-    return Given(name, rows, validation, unlabelled, columns)
+    columns = {"text_column": column, "label_column": label if args.file else None, "group_column": args.group_column}
+    return Given(name, rows, validation, unlabelled, **columns)
 
 
 def choose(words: list[str]) -> None:
@@ -131,7 +129,7 @@ def test(words: list[str]) -> None:
     parser = parser_of(test)
     add_options(parser)
     parser.add_argument("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl")
-    parser.add_argument("--text-columns", type=list_of(name_of), help="(default: as in training, or text or sentence)")
+    parser.add_argument("--text-columns", type=name_of, help="(default: as in training, or text or sentence)")
     args = parser.parse_args(words)
     state = load(args).state
     about, there = state.trained.about, all_columns(args.file)
@@ -155,7 +153,9 @@ def print_test(state: State, answers: Answers) -> None:
     has_labels, was_labelled = answers.is_labelled.any(), (state.logits.labels >= 0).any()
     print(f"\n{len(answers.labels):,} rows, threshold {state.threshold:.6g}")
     print(f"{'':<26}{'here':>8}   95% interval{'stated':>15}")
-    titles = {"score": metric_name(answers), "full_depth": "full depth", "macro_f1": "macro F1"} if has_labels else {}
+    titles = (
+        {"score": metric_name(answers.labels), "full_depth": "full depth", "macro_f1": "macro F1"} if has_labels else {}
+    )
     for key, title in (titles | {"lost": "lost, of 100 texts", "share": "share of the layers"}).items():
         ends = measured.get(f"{key}_interval")
         interval = "{:6.2f} to {:6.2f}".format(*ends) if ends else " " * 16
@@ -170,7 +170,7 @@ def print_test(state: State, answers: Answers) -> None:
             missing = "" if answers.is_labelled.all() else "because labels are missing, "
             verdict = f"not held here: by chance, {missing}or these texts come from another source"
         print(f"promised: at most {point.goal.max_lost:g} of 100 lost, {point.goal.sure:g}% sure; {verdict}")
-    if has_labels and len(state.labels) <= MOST_CLASSES:
+    if has_labels:
         print(f"\n{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}")
         for name, *scores, rows in zip(state.labels, *measured["per_class"].values(), strict=True):
             print(f"{one_line(name, 24):<25}" + "{:10.1f}{:8.1f}{:8.1f}{:8,}".format(*scores, rows))
@@ -190,7 +190,7 @@ def predict(words: list[str]) -> None:
     add_options(parser)
     option("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl")
     option("--out", type=Path, help="as FILE; replaced if it exists (default: standard output, as CSV)")
-    option("--text-columns", type=list_of(name_of), help="(default: as in training, or text or sentence)")
+    option("--text-columns", type=name_of, help="(default: as in training, or text or sentence)")
     args = parser.parse_args(words)
     if args.out and args.out.resolve() == args.file.resolve():
         raise InputError(f"--out: {args.out} is the input; name another file")

@@ -16,10 +16,9 @@ import numpy as np
 from minisweet.adaptive import in_float32
 from minisweet.classifier.cascade import Answers, Logits, Rule, fit_rule
 from minisweet.classifier.promise import Goal, by_text, fixed_sequence, lost_texts, most_lost, texts_needed
-from minisweet.classifier.split import MOST_JUDGES, UNLABELLED_PER_JUDGE, dealt, one_of_each
+from minisweet.classifier.split import dealt, one_of_each
 
 CHOOSING = 4  # one in four validation texts chooses, and the rest judge
-ENOUGH = 30  # labelled answers that early exit changes; with fewer, full depth counts as right in half of them
 Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
 
 
@@ -73,28 +72,20 @@ class OperatingPoint:
             words += f" right, early exit {self.score:.1f}."
         return words
 
-    def shortfall(self, set_aside: float) -> str:
-        """A line if only full depth can be promised, with the rows that it takes; or "".
+    def in_words(self, set_aside: float) -> str:
+        """The promise, or why nothing faster than full depth can be promised, with the rows that it takes.
 
         `set_aside` is the share of labelled rows that validates.
         """
         if self.threshold < 1:
-            return ""
+            return self.promise
         problem = "nothing faster than full depth can be promised"
         needed = texts_needed(self.goal)
         if self.judging_texts >= needed[-1]:
             return f"{problem}: too many of {self.judging_texts:,} texts are lost; allow more"
-        kind, share, judges = "labelled rows", set_aside, 0
-        unlabelled_would_do = needed[-1] <= MOST_JUDGES * (CHOOSING - 1) // CHOOSING
-        if self.judging_texts > self.labelled_judges and unlabelled_would_do:  # more of those that are cheap
-            kind, share, judges = "more rows without a label", 1 / UNLABELLED_PER_JUDGE, self.judging_texts
-        rows = [math.ceil(math.ceil(max(1, n - judges) * CHOOSING / (CHOOSING - 1)) / share) for n in needed]
-        enough = f"{rows[0]:,} {kind} if none is lost, {rows[1]:,} if one is, and {rows[2]:,} if two are"
+        rows = [math.ceil(math.ceil(n * CHOOSING / (CHOOSING - 1)) / set_aside) for n in needed]
+        enough = f"{rows[0]:,} labelled rows if none is lost, {rows[1]:,} if one is, and {rows[2]:,} if two are"
         return f"{problem}: only {self.judging_texts:,} texts judged. It takes about {enough}"
-
-    def in_words(self, set_aside: float) -> str:
-        """The promise, or why nothing faster than full depth can be promised."""
-        return self.promise or self.shortfall(set_aside) or "all texts run to the last exit, and none is lost"
 
 
 def choose(logits: Logits, goal: Goal, known: Collection[int] = (), combines: bool = False) -> OperatingPoint:
@@ -110,7 +101,7 @@ def choose(logits: Logits, goal: Goal, known: Collection[int] = (), combines: bo
         choosing = judging = np.arange(len(logits.labels))
     rule = fit_rule(logits.take(choosing), combines)
     choosers, judges = (rule.answers(logits.take(rows)) for rows in (choosing, judging))
-    if not unlabelled_judge(choosers, judges, goal):
+    if not unlabelled_judge(judges, goal):
         choosers, judges = choosers.take(choosers.is_labelled), judges.take(judges.is_labelled)
 
     # 2. What the judges say.
@@ -156,21 +147,15 @@ def thresholds_to_try(choosers: Answers) -> np.ndarray:
     return np.concatenate([[least], between[:: max(1, len(between) // 100)], [1.0]])
 
 
-def unlabelled_judge(choosers: Answers, judges: Answers, goal: Goal) -> bool:
+def unlabelled_judge(judges: Answers, goal: Goal) -> bool:
     """Whether unlabelled texts judge too, because more texts can leave early then.
 
-    Let full depth be right in a share r of the answers that early exit changes. Early exit may change k / (r `a`) of
-    all answers if `a` labelled texts judge, of which k may be lost; and k' / (r `a` + `b`) if `b` unlabelled ones judge
-    too. Only the choosing texts, `a` and `b` decide.
+    Suppose that full depth is right in half of the answers that early exit changes. If `a` labelled texts judge, of
+    which k may be lost, early exit may change a share k / (a/2) of all answers; and k' / (a/2 + b) if `b` unlabelled
+    ones judge too. Only `a` and `b` decide.
     """
     a, b = (len(np.unique(judges.keys[there])) for there in (judges.is_labelled, ~judges.is_labelled))
-    if not a:
-        return True
-    rows = choosers.take(choosers.is_labelled)
-    differ = rows.early != rows.full
-    count = int(differ.sum())
-    right = a * (0.5 if count < ENOUGH else float((differ & (rows.full == rows.labels)).sum()) / count)
-    return most_lost(a + b, goal) * right > most_lost(a, goal) * (right + b)
+    return most_lost(a + b, goal) * a / 2 > most_lost(a, goal) * (a / 2 + b) or not a
 
 
 def measure(threshold: float, judges: Answers) -> dict[str, Any]:
@@ -187,7 +172,7 @@ def measure(threshold: float, judges: Answers) -> dict[str, Any]:
         "lost": 100 * float(lost.mean()),
         "lost_interval": [0.0, 0.0] if never else wilson(lost),
         "share": float(sent.mean()),
-        "share_interval": [1.0, 1.0] if never else around_mean(sent),
+        "share_interval": [1.0, 1.0] if never else [end / 100 for end in wilson(sent)],
         "macro_f1": float(np.mean(np.array(report["f1"])[there])),
         "per_class": report,
     }
@@ -214,11 +199,3 @@ def wilson(values: np.ndarray) -> list[float]:
     k = np.array([count - 0.5, count + 0.5])
     low, high = (k + Z**2 / 2 + np.array([-Z, Z]) * np.sqrt(k * (n - k) / n + Z**2 / 4)) / (n + Z**2)
     return [100 * float(min(low, count / n)), 100 * float(max(high, count / n))]
-
-
-def around_mean(values: np.ndarray) -> list[float]:
-    """The 95% interval of a mean from 0 to 1: the normal one, of values (T,) and of one made-up value at either end."""
-    widened = np.append(values, [0.0, 1.0])
-    mean = values.mean()
-    half = Z * widened.std() / math.sqrt(len(widened))
-    return [float(min(mean, max(0.0, widened.mean() - half))), float(max(mean, min(1.0, widened.mean() + half)))]

@@ -7,18 +7,14 @@ then fine-tuning (Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
 Dimension letters: B batch, T tokens, D hidden size, N texts, C classes.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.base.commands import progress
-from minisweet.base.devices import tokens_at_once
 from minisweet.classifier.bag_of_words import minimize
 from minisweet.exits import MultiExitModel, pool
 from minisweet.layers import TransformerEncoder
-from minisweet.outputs import BATCH_SIZE
+from minisweet.outputs import run_all
 from minisweet.texts import Texts
 
 PRIOR_VARIANCE = 5.0  # of each weight of the regression (L2 penalty)
@@ -45,31 +41,6 @@ def with_linear_head(encoder: TransformerEncoder, num_labels: int) -> MultiExitM
     head = LinearHead(encoder.config.hidden_size, num_labels)
     model.heads = nn.ModuleList([head.to(encoder.word_embeddings.weight)])  # the encoder's device and type
     return model
-
-
-@torch.no_grad()  # inference_mode would make autocast cast the weights anew for each product
-def run_all(
-    step: Callable[[Tensor, Tensor, Tensor], Tensor],
-    texts: Texts,
-    device: torch.device,
-    precision: torch.dtype | None = None,
-    batch_size: int = BATCH_SIZE,
-    title: str = "evaluate",
-) -> Tensor:
-    """What a step makes of N texts, (N, ...) in their order, in float32 and on the CPU.
-
-    `step` takes input_ids, attention_mask and token_type_ids, (B, T) each, on the device.
-    """
-    rows, found = [], []
-    with (
-        torch.autocast(device.type, precision, enabled=precision is not None),
-        progress(total=len(texts), unit="text", desc=title) as bar,
-    ):
-        for batch in texts.by_length(batch_size, tokens_at_once(device)):
-            rows.append(batch.rows)
-            found.append(step(*batch.to(device).inputs).float().cpu())
-            bar.update(len(batch.rows))
-    return torch.cat(found)[torch.cat(rows).argsort()]
 
 
 def embed(encoder: TransformerEncoder, texts: Texts) -> Tensor:

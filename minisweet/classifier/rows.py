@@ -8,12 +8,12 @@ import json
 import re
 import sys
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -24,17 +24,8 @@ SUFFIXES = (".csv", ".tsv", ".jsonl")
 TEXT_COLUMNS = ("text", "sentence")  # by default, in this order
 ONE_TEXT = "join the two texts into one, or train on pairs with train.py"
 HALF = re.compile("[\ud800-\udfff]")  # half of a character (a surrogate), which UTF-8 cannot encode
-NO_LISTS = (str, bytes, Mapping, set, frozenset)  # iterables that are not lists of texts
 LabelType = Literal["str", "int", "float", "bool"]  # of labels in Python
 to_json = partial(json.dumps, ensure_ascii=False)
-
-
-class Columns(NamedTuple):
-    """The columns of a file."""
-
-    text: str
-    label: str | None = None
-    group: str | None = None
 
 
 # --- Files
@@ -136,18 +127,14 @@ def find_column(option: str, path: Path, *choices: str) -> str:
     if not columns:
         raise InputError(f"{path}: it has no rows")
     advice = f"name it with {option}" if option else "name it so in the file"
-    advice = ONE_TEXT if {"sentence1", "sentence2"} <= {*columns} else advice
+    advice = ONE_TEXT if {"sentence1", "sentence2"} <= {*columns} or {*choices[0].split(",")} <= {*columns} else advice
     lacking = " or ".join(dict.fromkeys(choices))
     raise InputError(f"{path}: no column {lacking}; it has {preview(columns)}; {advice}")
 
 
-def text_column(
-    path: Path, named: Sequence[str] | None, trained: Sequence[str] = (), option: str = "--text-columns"
-) -> str:
+def text_column(path: Path, named: str | None, trained: Sequence[str] = ()) -> str:
     """The column of a file's texts: the one `named`, else the `trained` one, else a usual one."""
-    if named and len(named) > 1:
-        raise InputError(f"--text-columns: {','.join(named)}, should be one column; {ONE_TEXT}")
-    return find_column(option, path, *(named or [*trained, *TEXT_COLUMNS]))
+    return find_column("--text-columns", path, *([named] if named else [*trained, *TEXT_COLUMNS]))
 
 
 def cell(path: Path, line: int, row: dict, column: str) -> str:
@@ -212,28 +199,22 @@ def label_name(value: object) -> str | None:
     return str(value).strip()
 
 
-def as_list(values: Any) -> Any:
-    """Values of numpy or pandas as a list: of items, or of rows if there is more than one column."""
-    values = values.to_numpy() if hasattr(values, "to_numpy") else values
-    if not isinstance(values, np.ndarray):
-        return values
-    return (values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values).tolist()
+def as_list(values: Any, title: str) -> list:
+    """A list, an array, or a Series or a frame of one column, as a list of plain values. Errors name the `title`."""
+    array = np.asarray(list(values) if isinstance(values, Iterator) else values, dtype=object)
+    if array.ndim == 2 and array.shape[1] > 1:
+        raise InputError(f"{title}: has {array.shape[1]} columns, should have one, such as df['text']; {ONE_TEXT}")
+    if array.ndim not in (1, 2):
+        raise InputError(f"{title}: {values!r:.80}, should be a list, such as [text] for one text")
+    return [value.item() if isinstance(value, np.generic) else value for value in array.ravel()]
 
 
 def texts_of(texts: Any) -> Examples:
     """A list of texts as unlabelled rows. Raises InputError, naming the item."""
-    columns = list(getattr(texts, "columns", []))  # of a frame of pandas
-    if len(columns) > 1:
-        named = next((name for name in TEXT_COLUMNS if name in columns), columns[0])
-        raise InputError(f"texts: the frame has columns {preview(columns)}; pass df[{named!r}]")
-    values = as_list(texts)
-    if isinstance(values, NO_LISTS) or not isinstance(values, Iterable):
-        raise InputError(f"texts: {values!r:.80}, should be a list; for one text: [text]")
-    values = list(values)
+    values = as_list(texts, "texts")
     for i, text in enumerate(values):
         if not isinstance(text, str):
-            is_pair = isinstance(text, tuple | list) and len(text) == 2
-            raise InputError(f"item {i}: {text!r:.80}, should be one text" + f"; {ONE_TEXT}" * is_pair)
+            raise InputError(f"item {i}: {text!r:.80}, should be one text")
         if half := HALF.search(text):
             raise InputError(f"item {i}: it holds {half[0]!r}, half of a character; should be valid Unicode")
     return Examples(values, None, None)
@@ -260,12 +241,9 @@ def labelled_texts(X: Any, y: Any) -> tuple[Examples, LabelType]:
 
 def names_of(values: Any, count: int, title: str) -> tuple[list[str | None], set[str]]:
     """`count` labels or groups as text (None if empty), and the types of the others. Errors name the item."""
-    values = as_list(values)
-    if not isinstance(values, Iterable) or isinstance(values, NO_LISTS):
-        raise InputError(f"{title}: {values!r:.60}, should be a list")
-    if len(values := list(values)) != count:
+    values = as_list(values, title)
+    if len(values) != count:
         raise InputError(f"{title}: {len(values):,}, should be as many as the texts, {count:,}")
-    values = [value.item() if isinstance(value, np.generic) else value for value in values]
     names = []
     for i, value in enumerate(values):
         try:

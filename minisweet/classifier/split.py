@@ -151,16 +151,14 @@ def split_rows(name: str, texts: Texts, labels: Sequence[str], given: int, dev_s
         if lacking := [labels[n] for n in np.setdiff1d(texts.labels[labelled], texts.labels[rows])]:
             LOG.warning("no row to %s has the label %s", purpose, preview(lacking))
     judges = 0 if given else MOST_JUDGES  # rows that are given may come from another source than the others
-    answered, judging, apart = deal_unlabelled(texts.keys, units, unlabelled, learning, validating, judges)
+    answered, judging = deal_unlabelled(texts.keys, units, unlabelled, learning, validating, judges)
     if not len(validating) + len(judging):
         shortage = f"{len(answered)} unlabelled ones, needs at least {UNLABELLED_PER_JUDGE}"
         shortage = "the groups of all that were given are trained on" if given else shortage
         raise InputError(f"{name}: too few validation texts: {shortage}")
     if len(unlabelled):
-        counts = f"{len(answered):,} to learn from, {len(judging):,} to judge"
-        known = len(unlabelled) - len(answered) - len(judging) - apart
-        left_out = f"{known:,} also labelled, or duplicates" + f", {apart:,} in groups of validation rows" * (apart > 0)
-        LOG.info("unlabelled texts: %s; left out: %s", counts, left_out)
+        left_out = len(unlabelled) - len(answered) - len(judging)  # labelled too, repeated, or of a validation group
+        LOG.info("unlabelled texts: %d to learn from, %d to judge, %d left out", len(answered), len(judging), left_out)
     rows = np.concatenate([validating, judging])
     validation = texts.take(rows)
     if validation.examples.groups:  # renamed to their units, so that merged groups stay merged when a run is loaded
@@ -175,20 +173,19 @@ def deal_unlabelled(
     learning: np.ndarray,
     validating: np.ndarray,
     most: int,
-) -> tuple[np.ndarray, np.ndarray, int]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Split unlabelled rows (n,): one unit in UNLABELLED_PER_JUDGE validates, but at most `most`, and the others train.
 
     Duplicates, and texts that are labelled too, are dropped. Rows of a unit with labelled training rows train. Rows of
-    a unit with labelled validation rows are dropped, and the third value is their number.
+    a unit with labelled validation rows are dropped.
     """
     new = unlabelled[np.sort(np.unique(keys[unlabelled], return_index=True)[1])]
     new = new[~np.isin(keys[new], keys[np.concatenate([learning, validating])])]
-    apart = np.isin(units[new], units[validating])
-    new = new[~apart]
+    new = new[~np.isin(units[new], units[validating])]
     free = new[~np.isin(units[new], units[learning])]
     count = min(most, len(np.unique(units[free])) // UNLABELLED_PER_JUDGE)
     judging = free[dealt(units[free], count, "unlabelled")]
-    return np.setdiff1d(new, judging), judging, int(apart.sum())
+    return np.setdiff1d(new, judging), judging
 
 
 def warn_of_near_duplicates(validation: Texts, learned: Texts) -> None:

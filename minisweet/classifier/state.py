@@ -3,7 +3,6 @@
 The bag of words is asked about all texts, and the model about those that stay.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -18,15 +17,15 @@ from minisweet.base.files import InputError, preview
 from minisweet.classifier.bag_of_words import NgramExit
 from minisweet.classifier.cascade import Answers, Logits
 from minisweet.classifier.operating_point import OperatingPoint, choose, choosers_and_judges
-from minisweet.classifier.probe import run_all
 from minisweet.classifier.promise import Goal
 from minisweet.classifier.rows import LabelType, texts_of
 from minisweet.classifier.split import one_of_each, units_of
 from minisweet.exits import MultiExitModel
-from minisweet.outputs import BATCH_SIZE
+from minisweet.outputs import BATCH_SIZE, run_all
 from minisweet.run import Record
 from minisweet.texts import Examples, Texts
 
+ACCURACY = "accuracy"
 TYPES: dict[LabelType, Any] = {"str": str, "int": int, "float": float, "bool": "True".__eq__}  # names back to labels
 
 
@@ -39,11 +38,10 @@ class FitRecord:
     label_column: str | None = None
     group_column: str | None = None
     set_aside: float = 1.0  # the share of the labelled rows that validates; 1 if they come from a file of their own
-    trunk: str | None = None  # the run or classifier that the training started from
+    trunk: str | None = None  # the run or classifier started from, whose answers stay as they are
     dev_size: float = 0.2
-    combines: bool = False  # whether the bag of words contributes to full depth
-    trained_groups: list[str] = field(default_factory=list)  # hashes of the groups that were learned from
-    validated_groups: list[str] = field(default_factory=list)  # the same, of the groups that validate
+    trained_groups: list[str] = field(default_factory=list)  # the groups that were learned from
+    validated_groups: list[str] = field(default_factory=list)  # the groups that validate
 
 
 class Trained(NamedTuple):
@@ -73,8 +71,7 @@ class Trained(NamedTuple):
 
     def choose(self, logits: Logits, goal: Goal) -> OperatingPoint:
         """Choose what to deploy."""
-        point = choose(logits, goal, self.record.trained_keys, self.about.combines)
-        return replace(point, id=self.record.id)
+        return replace(choose(logits, goal, self.record.trained_keys, not self.about.trunk), id=self.record.id)
 
 
 class Answer(NamedTuple):
@@ -121,7 +118,7 @@ class State:
         """The scores of the bag of words, early exit and full depth on new texts, and what is promised: some lines."""
         point, logits = self.point, self.logits
         title = "on new texts" if point.judging_texts else "on all validation rows, even if trained on"
-        metric = "accuracy" if (logits.labels >= 0).any() else "agreement with full depth"
+        metric = metric_name(logits.labels)
         lines = [f"{title:<42}{metric:>12}   95% interval   share of the layers"]
         for name, score, interval, share in (
             ("a bag of words alone (exit 0)", point.exit_0, point.exit_0_interval, 0.0),
@@ -130,12 +127,10 @@ class State:
         ):
             ends = "{:.1f} to {:.1f}".format(*interval) if interval else ""
             lines.append(f"{name:<42}{score:12.1f}{ends:>15}   {share:12.2f}")
-        gain = point.score - point.full_depth
-        difference = f"{gain:+.1f} points compared with full depth" if gain else "the same score as full depth"
-        lines.append(f"early exit: {difference}, at threshold {point.threshold:.6g}")
+        lines.append(f"early exit at threshold {point.threshold:.6g}")
         support = point.per_class["support"]
         most = 100 * max(support) / max(1, sum(support))
-        if metric == "accuracy" and point.full_depth <= most:
+        if metric == ACCURACY and point.full_depth <= most:
             lines.append(
                 f"full depth is no better than the most frequent class ({most:.1f}): the promise is worth nothing"
             )
@@ -144,17 +139,11 @@ class State:
         elif not point.share:
             lines.append("all texts leave at exit 0: nothing need be sent to the model")
         left_out = choosers_and_judges(logits, self.trained.record.trained_keys)[2]
-        reasons = {
-            "a quarter chooses the thresholds to try": point.judging_texts,
-            "one text of each group judges": (logits.units != logits.keys).any(),
-            "unlabelled texts do not": (logits.labels < 0).any() and point.labelled_judges == point.judging_texts,
-            f"{left_out:,} were trained on": left_out,
-        }
-        why = ", ".join(reason for reason, holds in reasons.items() if holds)
-        lines.append(
-            f"{point.judging_texts:,} of {len(logits.labels):,} validation rows judge" + f": {why}" * bool(why)
+        judges = (
+            f"{point.judging_texts:,} of {len(logits.labels):,} validation rows judge, one of each text and group; "
         )
-        return "\n".join([*lines, self.promise])
+        judges += "a quarter chooses the thresholds to try" + f"; {left_out:,} were trained on" * bool(left_out)
+        return "\n".join([*lines, judges, self.promise])
 
     def tokenize(self, texts: Any) -> Texts:
         """Tokenise texts. Raises InputError, naming the item, for anything else."""
@@ -229,28 +218,21 @@ def chosen(
 ) -> State:
     """Choose for what was trained, from `logits` for the validation texts if they are of this precision.
 
-    Otherwise both exits run first. Raises InputError if their logits are infinite or NaN.
+    Otherwise both exits run first.
     """
     if logits is None or logits.precision != str(precision or torch.float32):
         trained.bag.to(device), trained.model.to(device)
         logits = trained.ask(Texts(trained.tokenizer, trained.validation), device, precision)
-        if not (logits.bag.isfinite().all() and logits.model.isfinite().all()):
-            raise InputError("the exits give infinite numbers or NaN; try --amp off, or train at a lower --lr")
     point = trained.choose(logits, goal)
     about = device, precision, batch_size
     return State(trained, logits, point, in_float32(point.threshold), *about)
 
 
-def metric_name(answers: Answers) -> str:
-    """What the score of some texts is."""
-    return "accuracy" if answers.is_labelled.any() else "agreement with full depth"
-
-
-def group_hash(group: str) -> str:
-    """What a run keeps of a group's name."""
-    return hashlib.sha256(group.encode()).hexdigest()[:16]
+def metric_name(labels: np.ndarray) -> str:
+    """What the score of texts with these labels (N,) is."""
+    return ACCURACY if (labels >= 0).any() else "agreement with full depth"
 
 
 def in_groups(rows: Examples, known: Sequence[str]) -> np.ndarray:
-    """Whether each row (N,) belongs to one of some groups, of which the hashes are known."""
-    return np.isin([group_hash(group or "") for group in rows.groups or [None] * len(rows.first)], known)
+    """Whether each row (N,) belongs to one of the `known` groups."""
+    return np.isin([group or "" for group in rows.groups or [None] * len(rows.first)], known)

@@ -41,7 +41,7 @@ def measure(classify: EarlyExitClassifier, labelled: Examples, more: Examples, t
         found = {"way": way, "goal": "", "score": 100 * float((answers == right).mean())}
         found["macro_f1"] = float(np.mean(classification_report(answers, right, C)["f1"]))
         found |= {"share": share, "lost": ""}
-        precision = "float32" if way in RIVALS else classify.record.precision.removeprefix("torch.")
+        precision = "float32" if way in RIVALS else classify.state.trained.record.precision.removeprefix("torch.")
         return found | {"minutes": "", "precision": precision, "commit": commit()} | about
 
     def deployed(**about: object) -> dict:

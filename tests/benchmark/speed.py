@@ -1,12 +1,12 @@
-"""Milliseconds from text to label, beside `transformers` and ONNX Runtime, like for like, in one run.
+"""What one would use on own text, and what it costs: accuracy and milliseconds from text to label, in one run.
 
-    python -m tests.benchmark.speed RUN [--turns 5] [--texts 640] [--write]
+    python -m tests.benchmark.speed TRAIN.csv TEST.csv RUN [RUN] [--turns 3] [--write]
 
-RUN is a run of `minisweet fit`. Its validation texts are answered, one by one and in batches of 32 of similar length
-(but for our file, which takes one at a time). Each side has a process of its own, and the sides take turns, so that a
-machine whose speed drifts is fair to all. Rivals, of linear.py, learn these very texts, and are only timed; so is the
-model of `transformers`, public weights with a new head. Numbers are medians. With --write the rows of the model in
-speed.csv are replaced.
+RUN is a run of `minisweet fit TRAIN.csv`; a further one also learned from unlabelled texts. All sides answer the rows
+of TEST, one by one and in batches of 32 of similar length (our files one text at a time only). Rivals, of linear.py,
+learn the rows of TRAIN. `transformers` and plain ONNX Runtime run public weights with a new head, and have the score of
+our model without the bag of words. Each side has a process of its own, and the sides take turns, so that a machine
+whose speed drifts is fair to all. Numbers are medians. With --write they replace speed.csv.
 """
 
 import json
@@ -24,13 +24,13 @@ from tokenizers import Tokenizer
 
 from minisweet import EarlyExitClassifier
 from minisweet.base.commands import Parser, run_command, whole_number
-from minisweet.base.devices import device_name, processor
-from minisweet.base.files import read_json
+from minisweet.base.devices import device_name
+from minisweet.classifier.operating_point import classification_report
 from minisweet.fast import tune_cpu
 from minisweet.hub import model_folder
 from minisweet.texts import Examples, special_tokens
 from tests.benchmark import CHECKOUT, CLASSIFIER, commit, read_rows, write_rows
-from tests.benchmark.linear import RIVALS, SETFIT, fit_rival
+from tests.benchmark.linear import RIVALS, SETFIT, TFIDF, fit_rival
 
 HERE = "tests.benchmark.speed"
 SIDE = """
@@ -43,7 +43,7 @@ for _ in sys.stdin:
     print(json.dumps([time.perf_counter() - start, answers]), flush=True)
 """
 FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-POINTS = {"exit 0 alone": 0.0, "full depth": 1.0, "deployed": None}  # thresholds
+POINTS = {"full depth": 1.0, "deployed": None}  # thresholds
 
 
 def in_batches(texts: str, batch: int, answer: Callable[[list[str]], list]) -> Callable[[], list]:
@@ -52,22 +52,21 @@ def in_batches(texts: str, batch: int, answer: Callable[[list[str]], list]) -> C
     return lambda: [pair for n in range(0, len(rows), batch) for pair in answer(rows[n : n + batch])]
 
 
-def ours(texts: str, batch: int, run: str, amp: str, threshold: float | None) -> Callable[[], list]:
+def ours(texts: str, batch: int, run: str, threshold: float | None) -> Callable[[], list]:
     """Our classifier, by PyTorch."""
     tune_cpu()
-    classify = EarlyExitClassifier.load(run, threshold=threshold, amp=amp)
-    names = classify.classes_.tolist()
+    classify = EarlyExitClassifier.load(run, threshold=threshold)
+    names = classify.state.labels
     return in_batches(
         texts, batch, lambda part: [(names.index(a.label), a.exit_layer) for a in classify.classify(part)]
     )
 
 
-def theirs(texts: str, batch: int, folder: str, classes: int, words: str, bf16: bool) -> Callable[[], list]:
+def theirs(texts: str, batch: int, folder: str, classes: int, words: str) -> Callable[[], list]:
     """The full model by `transformers`."""
     import transformers
 
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes).eval()
-    model = model.bfloat16() if bf16 else model
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=words, pad_token="[PAD]")
 
     @torch.inference_mode()
@@ -136,65 +135,71 @@ def take_turns(sides: dict[tuple, tuple], turns: int) -> dict[tuple, tuple[float
     return {side: (statistics.median(seconds[side][1:]), answers[side]) for side in sides}
 
 
-def sides_of(run: Path, place: Path) -> dict[tuple[str, str], tuple]:
+def sides_of(runs: list[Path], place: Path) -> dict[tuple[str, str], tuple]:
     """All sides, by precision and name: a module, a function there, and its arguments after texts and batch."""
-    classify, tokenizer = EarlyExitClassifier.load(run), Tokenizer.from_file(str(run / "tokenizer.json"))
+    classify, tokenizer = EarlyExitClassifier.load(runs[0]), Tokenizer.from_file(str(runs[0] / "tokenizer.json"))
     pad = special_tokens(tokenizer)[2]
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
     tokenizer.save(f"{place}/words")
     public = str(model_folder(classify.model).resolve()), len(classify.classes_)
     export_theirs(*public, f"{place}/theirs-float32.onnx", f"{place}/theirs-int8.onnx")
     sides = {("float32", name): (HERE, "rival", (name, f"{place}/rows")) for name in RIVALS if name != SETFIT}
-    for kind, amp in list({"float32": "off", "bfloat16": "bf16"}.items())[: 1 + processor()[1]]:
-        sides[kind, "transformers"] = HERE, "theirs", (*public, f"{place}/words", kind == "bfloat16")
-        for point in ("full depth", "deployed"):
-            sides[kind, f"our classifier, {point}"] = HERE, "ours", (str(run), amp, POINTS[point])
+    sides["float32", "transformers"] = HERE, "theirs", (*public, f"{place}/words")
+    for point, threshold in POINTS.items():
+        sides["float32", f"our classifier, {point}"] = HERE, "ours", (str(runs[0]), threshold)
     for kind in ("float32", "int8"):
-        classify.export(place / f"ours-{kind}.onnx", int8=kind == "int8")
-        files = {f"our file, {point}": ("ours", at) for point, at in POINTS.items()}
-        files = {"ONNX Runtime": ("theirs", None)} | files
-        for name, (file, threshold) in files.items():
-            sides[kind, name] = HERE, "by_onnx", (f"{place}/{file}-{kind}.onnx", f"{place}/words", threshold)
-    return dict(sorted(sides.items(), key=lambda side: ("float32", "bfloat16", "int8").index(side[0][0])))
+        sides[kind, "ONNX Runtime"] = HERE, "by_onnx", (f"{place}/theirs-{kind}.onnx", f"{place}/words", None)
+        for n, run in enumerate(runs):
+            EarlyExitClassifier.load(run).export(file := place / f"ours-{n}-{kind}.onnx", int8=kind == "int8")
+            for point, threshold in POINTS.items():
+                name = f"our file{', unlabelled texts' * n}, {point}"
+                sides[kind, name] = HERE, "by_onnx", (str(file), f"{place}/words", threshold)
+    return sides
 
 
 def main() -> None:
     """Measure, and print or write the rows."""
     parser = Parser(__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--turns", type=whole_number(1), default=5)
-    parser.add_argument("--texts", type=whole_number(32), default=640)
+    for name in ("train", "test"):
+        parser.add_argument(name, type=Path, metavar=f"{name.upper()}.csv")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--turns", type=whole_number(1), default=3)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    record, found = read_json(args.run / "run.json"), {}
-    model = Path(record["arguments"]["model"]).name
+    runs, found = [run.resolve() for run in args.runs], {}
+    classify = EarlyExitClassifier.load(runs[0])
+    labels = classify.state.labels
+    parts = [[(row["text"], labels.index(row["label"])) for row in read_rows(file)] for file in (args.train, args.test)]
+    rows = sorted(parts[1], key=lambda row: len(row[0]))
+    texts, right = [text for text, _ in rows], np.array([label for _, label in rows])
     about = {"machine": device_name(torch.device("cpu")), "date": date.today(), "commit": commit()}
-    rows = map(json.loads, (args.run / "validation.jsonl").read_text(encoding="utf-8").splitlines())
-    rows = [row for row in rows if row["label"] is not None][: args.texts]
-    rows.sort(key=lambda row: len(row["text"]))
+    model = classify.state.trained.ask_model(classify.state.tokenize(texts), torch.device("cpu"), None).argmax(-1)
     with TemporaryDirectory() as name:
-        (texts := Path(name, "texts")).write_text(json.dumps([row["text"] for row in rows]))
-        learnt = [row["text"] for row in rows], None, [record["labels"].index(row["label"]) for row in rows]
-        Path(name, "rows").write_text(json.dumps(learnt))
-        sides = sides_of(args.run.resolve(), Path(name))
+        (file := Path(name, "texts")).write_text(json.dumps(texts))
+        learnt = list(map(list, zip(*parts[0], strict=True)))
+        Path(name, "rows").write_text(json.dumps([learnt[0], None, learnt[1]]))
+        sides = sides_of(runs, Path(name))
         for setting, batch in (("one_by_one", 1), ("in_batches", 32)):
-            calls = {key: (module, make, (str(texts), batch, *rest)) for key, (module, make, rest) in sides.items()}
+            calls = {key: (module, make, (str(file), batch, *rest)) for key, (module, make, rest) in sides.items()}
             calls = {key: call for key, call in calls.items() if batch == 1 or "our file" not in key[1]}
             for key, (seconds, answers) in take_turns(calls, args.turns).items():
-                right = [record["labels"][n] == row["label"] for (n, _), row in zip(answers, rows, strict=True)]
-                share = statistics.mean(record["depth"] if n is None else n for _, n in answers) / record["depth"]
-                row = {"model": model, "texts": record["task"], "precision": key[0], "side": key[1]}
-                row |= {"one_by_one": "", "in_batches": "", "score": f"{100 * statistics.mean(right):.1f}"}
+                classes, layers = zip(*answers, strict=True)
+                answered = model.numpy() if key[1] in ("transformers", "ONNX Runtime") else np.array(classes)
+                share = (
+                    float(key[1] != TFIDF)
+                    if None in layers
+                    else float(np.mean(layers)) / classify.state.trained.record.depth
+                )
+                row = {"precision": key[0], "side": key[1], "one_by_one": "", "in_batches": ""}
+                row |= {"score": f"{100 * (answered == right).mean():.1f}"}
+                row["macro_f1"] = f"{np.mean(classification_report(answered, right, len(labels))['f1']):.1f}"
+                if key == ("int8", "ONNX Runtime"):  # whose answers are not our model's
+                    row |= {"score": "", "macro_f1": ""}
                 row |= {"share": f"{share:.2f}"} | about
-                if key[1] in (*RIVALS, "transformers", "ONNX Runtime"):  # learnt these very texts, or none
-                    row |= {"score": "", "share": ""}
-                row = found.setdefault(key, row)
-                row[setting] = f"{1000 * seconds / len(rows):.2f}"
-    new = list(found.values())
-    print("\n".join(", ".join(map(str, row.values())) for row in new))
+                found.setdefault(key, row)[setting] = f"{1000 * seconds / len(rows):.2f}"
+    print("\n".join(", ".join(map(str, row.values())) for row in found.values()))
     if args.write:
-        others = [row for row in read_rows(CLASSIFIER / "speed.csv") if row["model"] != model]
-        write_rows(CLASSIFIER / "speed.csv", [*new, *others])
+        write_rows(CLASSIFIER / "speed.csv", list(found.values()))
 
 
 if __name__ == "__main__":

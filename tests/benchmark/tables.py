@@ -35,8 +35,10 @@ CLAIMS = [(PAIRS[0], 0), (PAIRS[0], 1), (PAIRS[0], 3), (PAIRS[0], 4), (PAIRS[1],
 LISTS = {"list": "Debian-20", "own": "Debian-12", "sst2": "SST-2", "cola": "CoLA"}
 ROWS = [("list", 400, 30000), ("own", 300, 4700), ("list", 1200, 0), ("own", 1200, 3800)]
 ROWS += [("list", 4000, 0), ("list", 4000, 30000), ("own", 5000, 0)]
-OURS = [("full depth", "full model", "our classifier, full depth")]
-OURS += [("deployed", "bag of words, then model", "our classifier, deployed")]
+README = {("float32", way): way for way in RIVALS[:3]}  # rows of its table of own text
+README |= {("float32", "ONNX Runtime"): "the fine-tuned model, ONNX Runtime"}
+README |= {(kind, "our file, deployed"): f"`fit`, one file in {kind}" for kind in ("float32", "int8")}
+README["float32", "our file, unlabelled texts, deployed"] = "`fit --unlabelled` 30,000 more, one file in float32"
 # What the picture of the promise writes in place of a name of the draws.
 CLEARER = {"exit 0 has a say": "with exit 0's logits"}
 
@@ -196,7 +198,7 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
 
 
 def by_rows() -> dict[str, str]:
-    """Ways by the number of rows, what is lost, and README's table."""
+    """Ways by the number of rows, and what is lost."""
     found, keys = defaultdict(list), {}
     for row in read_rows(CLASSIFIER / "results.csv"):
         key = row["texts"], int(row["labelled"]), int(row["unlabelled"])
@@ -216,7 +218,7 @@ def by_rows() -> dict[str, str]:
         ways = [("lost", "deployed"), ("share", "deployed"), ("score", "deployed"), ("score", "full depth")]
         return [show(name, key, way, model, spread=True) for name, way in ways]
 
-    main, readme = [], []
+    main = []
     for key in ROWS:
         best = max(RIVALS, key=lambda way, key=key: float(show("score", key, way) or 0))
         name, texts = keys[SMALL, key], [f"{best} {both(key, best)}", both(key, "full depth"), both(key, "deployed")]
@@ -225,26 +227,27 @@ def by_rows() -> dict[str, str]:
         main.append([name, *texts, show("share", key, "deployed"), advice])
     shown = [(model, key) for model, key in sorted(keys) if model == DEEP or not key[2]]
     lost = [[f"{keys[model, key]}, {model}", *outcome(key, model)] for model, key in shown]
-    timed = [row for row in read_rows(CLASSIFIER / "speed.csv") if row["texts"] == "debian"]
-    speeds = {row["side"]: row["one_by_one"] for row in timed if row["precision"] == "float32"}
-    for way, title, side in [(way, way, way) for way in RIVALS[:3]] + OURS:
-        key = ("list", 4000, 0)
-        readme.append([title, show("score", key, way), show("share", key, way), speeds.get(side, "")])
     first, last = "texts, labelled rows", ["lost of 100", "layers run, %", "early exit", "full model"]
     return {
         "which way": table([first, "best rival", "full model", "early exit", "layers run, %", "recommended"], main),
         "lost": table([first, *last], [row for row in lost if row[2][:5] != "100.0"]),
-        "own text": table(["way", "accuracy", "sent to the model, %", "ms per text"], readme),
     }
 
 
 def speed() -> dict[str, str]:
-    """Milliseconds, by the texts that were timed."""
-    found, columns = defaultdict(list), "precision side one_by_one in_batches score share".split()
-    for row in read_rows(CLASSIFIER / "speed.csv"):
-        found[f"speed: {row['texts']}"].append([row[name] for name in columns])
-    head = ["precision", "side", "ms, one by one", "ms, in batches", "right, %", "layers run"]
-    return {name: table(head, rows) for name, rows in found.items()}
+    """What ways are right and take: README's table, one text at a time, and the page's."""
+    rows = read_rows(CLASSIFIER / "speed.csv")
+    columns = {"one_by_one": "ms, one by one", "in_batches": "ms, in batches", "score": "accuracy"}
+    columns |= {"macro_f1": "macro F1", "share": "layers run"}
+    page = [[row["precision"], row["side"], *map(row.get, columns)] for row in rows]
+    found, readme = {(row["precision"], row["side"]): row for row in rows}, []
+    for key, title in README.items():
+        row = found.get(key, {})
+        readme.append([title, *(row.get(name, "") for name in ("score", "macro_f1", "one_by_one"))])
+    return {
+        "speed": table(["precision", "side", *columns.values()], page),
+        "own text": table(["way", "accuracy", "macro F1", "ms per text"], readme),
+    }
 
 
 def count_lines(row: re.Match) -> str:
