@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from minisweet import NgramExit, toy
 from minisweet.base.commands import run_command
+from minisweet.base.files import InputError
 from minisweet.checkpoint import ARCHITECTURES, load_encoder, public_name
-from minisweet.exits import ExitModel, MultiExitModel, exit_loss
+from minisweet.exits import ExitModel, exit_loss
 from minisweet.layers import TransformerEncoder
 from minisweet.methods import build_model
 from minisweet.tasks import TASKS, load_examples
 from minisweet.texts import Texts, load_tokenizer
-from minisweet.training import fine_tune
 
 CHECKOUT = Path(__file__).parent.parent
 LARGEST: dict[str, float] = {}  # differences to references, by what was compared
@@ -201,13 +201,6 @@ def random_bag(num_labels: int) -> NgramExit:
     return bag
 
 
-def train_on(
-    examples: Texts, model: MultiExitModel, rate: float, size: int = 4, epochs: int = 1, seed=0, **more
-) -> list[list[float]]:
-    """Train a model in place, as a run does; each step's losses."""
-    return fine_tune(model, examples, epochs, size, rate, seed, next(model.parameters()).device, **more)
-
-
 def exit_losses(model: ExitModel, batch: tuple, labels: torch.Tensor) -> list[torch.Tensor]:
     """Each exit's loss, of one forward pass."""
     return [exit_loss(logits, certainty, labels) for logits, certainty in model.exit_by_exit(*batch)]
@@ -285,6 +278,13 @@ def run(command, *arguments) -> int:
     return 0
 
 
+def refused(call, *arguments, **more) -> str:
+    """The message of the InputError that a call raises."""
+    with pytest.raises(InputError) as error:
+        call(*arguments, **more)
+    return str(error.value)
+
+
 def command_of(path: str):
     """What `run` takes, from a value of COMMANDS: a module, or a function in it."""
     module, _, name = path.partition(":")
@@ -307,7 +307,8 @@ def command(capsys, tmp_path):
 
 def quick(model, *arguments) -> list:
     """train.py's arguments for a run in no time, and of the same losses on every machine."""
-    return ["--model", model, "--train-size", 48, *SHORT, *arguments]
+    words = "--train-size 48 --epochs 2 --exit-layers 1,2,4 --max-length 32 --amp off".split()  # later options win
+    return ["--model", model, *words, *arguments]
 
 
 def write_table(path: Path, columns: list[str], labels: dict, header: bool = True, between: str = ",") -> None:
@@ -336,17 +337,6 @@ def place(tmp_path, monkeypatch):
         yield tmp_path
 
 
-SHORT = "--epochs 2 --exit-layers 1,2,4 --max-length 32 --amp off".split()  # later options win
-# The runs of `run_of`, and what train.py is told for them; of own text, what `minisweet fit` is told.
-RUNS = {
-    "sweet": ["--method", "sweet", "--train-size", 200],
-    "ee": ["--method", "ee", "--train-size", 200],
-    "mm": ["--method", "mm", "--train-size", 200],
-    "lte": ["--method", "sweet", "--train-size", 200, "--exit-strategy", "lte"],
-    "bag": ["words.csv"],
-}
-
-
 def write_model_of_words(folder: Path) -> Path:
     """A tiny BERT whose embeddings tell the toy task's good words from its bad ones, so that little training is enough.
 
@@ -367,7 +357,7 @@ def write_model_of_words(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def run_of(tmp_path_factory):
-    """A function that gives the folder of a finished run, which is evaluated: "sweet" or another of `RUNS`.
+    """A function that gives the folder of a finished run, which is evaluated: of a method, "lte" or "bag".
 
     Each is made at its first use, of a tiny BERT in the folder `tiny` beside it. Nobody changes one: copy it first.
     """
@@ -386,9 +376,10 @@ def run_of(tmp_path_factory):
         options = ["--model", model, "--out", name, "--max-length", 32, "--amp", "off", "--epochs", 4, "--lr", "3e-3"]
         with in_folder(folder):
             if name == "bag":
-                assert run(fit, *options, *RUNS[name]) == 0
+                assert run(fit, "words.csv", *options) == 0
             else:
-                assert run(train, *options, "--exit-layers", "1,2,4", *RUNS[name]) == 0
+                method = ["--method", *(["sweet", "--exit-strategy", "lte"] if name == "lte" else [name])]
+                assert run(train, *options, "--exit-layers", "1,2,4", "--train-size", 200, *method) == 0
                 assert run(evaluate, name) == 0
         return folder / name
 
@@ -421,9 +412,8 @@ def own_run(tmp_path_factory) -> Path:
     write_model_of_words(folder / "tiny")
     rows, unlabelled = opinions(1000)[:300], opinions(1000)[300:800]
     write_rows(folder / "own.csv", rows, "text", "label")
-    write_rows(
-        folder / "more.csv", [(text, "unread") for text, _ in unlabelled + rows[:20] + unlabelled[:7]], "text", "label"
-    )
+    more = [(text, "unread") for text, _ in unlabelled + rows[:20] + unlabelled[:7]]
+    write_rows(folder / "more.csv", more, "text", "label")
     write_rows(folder / "new.csv", opinions(1000)[800:], "text", "label")
     with in_folder(folder):
         assert run(fit, "own.csv", "--unlabelled", "more.csv", "--out", "run", *OWN) == 0

@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from minisweet.adaptive import ExitRule, leaves
 from minisweet.classifier import bag_of_words
 from minisweet.classifier.bag_of_words import NgramExit, fit_ngrams
+from tests.conftest import random_bag
 
-V, CLS, SEP, PAD, UNKNOWN = 40, 1, 2, 0, 3
+V, CLS, SEP, PAD, UNKNOWN = 60, 1, 2, 0, 3
 SPECIAL = [PAD, CLS, SEP, UNKNOWN]
 
 
@@ -30,36 +31,20 @@ def random_texts(count: int, seed: int = 0) -> list[list[int]]:
     return [draw.choices(range(UNKNOWN, V), k=draw.randrange(9)) for _ in range(count)]
 
 
-def filled() -> NgramExit:
-    """An exit with random numbers."""
-    torch.manual_seed(0)
-    exit = NgramExit(V, 3, SPECIAL)
-    for name, tensor in exit.state_dict().items():
-        if name != "is_word":
-            tensor.normal_()
-    return exit
-
-
-def rows_by_hand(exit: NgramExit, text: list[int]) -> list[int]:
-    """The table's row of each n-gram of a text, one by one."""
+def logits_by_hand(exit: NgramExit, text: list[int]) -> torch.Tensor:
+    """The logits (C,) of a text, by the table's row of each n-gram."""
     rows = [word for word in text if word not in SPECIAL]
     for a, b in pairwise(text):
         if a not in SPECIAL and b not in SPECIAL:
             code = a * bag_of_words.FIRST + b * bag_of_words.SECOND
             rows.append(V + code % bag_of_words.PRIME % exit.buckets)
-    return rows
-
-
-def logits_by_hand(exit: NgramExit, text: list[int]) -> torch.Tensor:
-    """The logits (C,) of a text."""
-    rows = rows_by_hand(exit, text)
     return exit.table[rows].sum(0) / len(rows) ** 0.5 + exit.bias if rows else torch.zeros(3)
 
 
 @settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 5))
 def test_logits_are_those_made_by_hand(seed, count):
-    exit, texts = filled(), random_texts(count, seed)
+    exit, texts = random_bag(3), random_texts(count, seed)
     logits = exit(*encode(*texts))
     for text, found in zip(texts, logits, strict=True):
         torch.testing.assert_close(found, logits_by_hand(exit, text), atol=1e-5, rtol=1e-5)
@@ -69,7 +54,7 @@ def test_logits_are_those_made_by_hand(seed, count):
 
 
 def test_a_text_without_a_known_word_leaves_only_where_all_do():
-    exit, rule = filled(), ExitRule(3, torch.tensor([0.1]))
+    exit, rule = random_bag(3), ExitRule(3, torch.tensor([0.1]))
     batches = [encode([], []), encode([UNKNOWN]), encode(*[[UNKNOWN] * 510] * 2)]
     batches.append((torch.full((2, 7), PAD), torch.zeros(2, 7, dtype=torch.long)))
     for batch in batches:

@@ -1,7 +1,5 @@
 """Loading is strict: every tensor is loaded, or dropped by name, or stops the load."""
 
-import re
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +7,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from minisweet import load_encoder
-from minisweet.base.files import InputError
 from minisweet.classifier.fit import load_trunk
 from minisweet.hub import home
+from tests import conftest
 from tests.conftest import CONFIGS, random_batch, reconfigure, rewrite, without_1, write_classifier, write_model
 
 
@@ -39,8 +37,7 @@ def test_other_names_and_types_known_extras_and_other_ways_to_write_the_config_a
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
     torch.testing.assert_close(encoder(*batch), plain(*batch), atol=0, rtol=0)
     rewrite(model_dir, lambda tensors: tensors | {"embeddings.LayerNorm.beta": torch.zeros(16)})
-    with pytest.raises(InputError, match="it holds embeddings.LayerNorm.bias twice"):
-        load_encoder(model_dir)
+    assert "it holds embeddings.LayerNorm.bias twice" in conftest.refused(load_encoder, model_dir)
 
 
 DAMAGES = [  # what is done to a tensor, and what is said of its name and its shape
@@ -65,10 +62,8 @@ def test_all_that_is_wrong_is_listed_with_both_shapes(tmp_path_factory, model_ty
     tensors["encoder.layer.4.output.dense.bias"] = torch.zeros(16)
     expected.append("encoder.layer.4.output.dense.bias [16] is unexpected")
     save_file({name: t.clone() for name, t in tensors.items() if t is not None}, folder / "model.safetensors")
-    with pytest.raises(InputError) as error:
-        load_encoder(folder)
-    for words in (str(folder / "model.safetensors"), *expected):
-        assert words in str(error.value)
+    error = conftest.refused(load_encoder, folder)
+    assert [words for words in (str(folder / "model.safetensors"), *expected) if words not in error] == []
 
 
 @pytest.mark.parametrize(
@@ -87,9 +82,8 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, model_type, key, v
     folder = write_model(tmp_path, model_type)
     reconfigure(folder, model_type, **{key: value})
     (folder / "model.safetensors").unlink()  # the config is looked at first: RoBERTa is no BERT, with or without
-    with pytest.raises(InputError, match=key) as error:
-        load_encoder(folder)
-    assert str(folder / "config.json") in str(error.value)
+    error = conftest.refused(load_encoder, folder)
+    assert (str(folder / "config.json") in error, key in error) == (True, True)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", None])
@@ -97,8 +91,7 @@ def test_missing_or_broken_weights_are_one_line(model_dir, name):
     (model_dir / "model.safetensors").unlink()
     if name:
         (model_dir / name).write_bytes(b"no tensors")
-    with pytest.raises(InputError, match="no readable model.safetensors or pytorch_model.bin"):
-        load_encoder(model_dir)
+    assert "no readable model.safetensors or pytorch_model.bin" in conftest.refused(load_encoder, model_dir)
     assert {path.name for path in model_dir.iterdir()} == {"config.json", "vocab.txt", name} - {None}
 
 
@@ -141,8 +134,7 @@ def test_a_classifier_that_is_no_trunk_is_refused(tmp_path, changes, words):
     rewrite(folder, lambda tensors: tensors | {"qa_outputs.bias": torch.zeros(2)})
     load_encoder(folder)  # which needs none of the heads
     rewrite(folder, lambda tensors: {name: t for name, t in tensors.items() if name != changes.get("left_out")})
-    with pytest.raises(InputError, match=re.escape(words)):
-        load_trunk(folder)
+    assert words in conftest.refused(load_trunk, folder)
 
 
 PUBLISHED = {  # last hidden states [0, 1:4, 1:4], as published with the reference implementations of these checkpoints

@@ -16,7 +16,7 @@ from minisweet.base import devices
 from minisweet.base.commands import progress, run_command
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError, written_beside
-from tests.conftest import CHECKOUT, run
+from tests.conftest import CHECKOUT, refused, run
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,7 @@ def test_precision_follows_the_device(monkeypatch, caplog, has_bfloat16):
         found = {amp: choose_precision(amp, torch.device(name), training) for amp in ("auto", "off", "bf16")}
         assert found == {"auto": dtype, "off": None, "bf16": torch.bfloat16}
     assert choose_precision("fp16", torch.device("cuda")) == torch.float16
-    with pytest.raises(InputError, match="^amp: fp16 is for CUDA; on a CPU it should be bf16 or off$"):
-        choose_precision("fp16", torch.device("cpu"))
+    assert refused(choose_precision, "fp16", torch.device("cpu")).startswith("amp: fp16 is for CUDA; on a CPU it")
     assert ("amp bf16: a CPU has no instructions for it" in caplog.text) != has_bfloat16
 
 
@@ -71,8 +70,7 @@ def test_a_device_is_there_or_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     for name in ("cuda", "cuda:0", "cpu:1", ""):
-        with pytest.raises(InputError, match=f"^device: '{name}.*' is not available; should be auto, cpu$"):
-            choose_device(name)
+        assert refused(choose_device, name).endswith(" is not available; should be auto, cpu")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert choose_device("auto") == choose_device("cuda") == choose_device("cuda:0") == torch.device("cuda:0")
 

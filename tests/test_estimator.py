@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from minisweet import EarlyExitClassifier, InputError
+from minisweet import EarlyExitClassifier
 from minisweet.base.files import LOG
 from minisweet.classifier.estimator import PARAMETERS
 from minisweet.classifier.promise import Goal
-from tests.conftest import opinions
+from tests.conftest import opinions, refused
 
 TEXTS = ["the film was superb", "a dull film", "", "not bad , it is great", "the film"]
 
@@ -69,11 +69,9 @@ def test_scikit_learn_takes_it(new):
     assert pipeline.predict_proba(texts).shape == (60, 2)
 
 
-def test_columns_are_in_the_order_of_numpy_and_a_terminal_stays_silent(new, monkeypatch, capsys):
+def test_columns_are_in_the_order_of_numpy(new):
     texts, labels = opinions_of(slice(60))
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     classify = new().fit(texts, ["2" if label == "up" else "10" for label in labels])
-    assert "%" not in capsys.readouterr().err
     assert (classify.state.labels, classify.classes_.tolist()) == (["2", "10"], ["10", "2"])
     assert classify.classes_[classify.predict_proba(texts).argmax(1)].tolist() == classify.predict(texts).tolist()
 
@@ -102,8 +100,7 @@ def test_without_labels_a_trunk_is_enough_and_its_labels_keep_their_type(new, tm
     again = EarlyExitClassifier.load(tmp_path / "some")
     assert (again.classes_.tolist(), again.trunk) == ([0, 1, 2], trunk)
     for few, message in (([], "no row has a label"), (["a film"], "too few validation texts")):
-        with pytest.raises(InputError, match=message):
-            new(trunk=trunk).fit(None, None, unlabelled=few)
+        assert message in refused(new(trunk=trunk).fit, None, None, unlabelled=few)
 
 
 def test_rows_to_validate_on_and_more_unlabelled_texts(new):
@@ -117,25 +114,16 @@ def test_rows_to_validate_on_and_more_unlabelled_texts(new):
 GOOD = opinions_of(slice(40))
 BAD = [
     (GOOD[0], GOOD[1][:3], {}, "labels: 3, should be as many as the texts, 40"),
-    (
-        [("a", "b"), ("c", "d")],
-        ["x", "y"],
-        {},
-        "texts: has 2 columns, should have one, such as .*; join the two texts into one, or train",
-    ),
     (None, None, {}, "texts: None, should be a list"),
     (GOOD[0], [1, "x"] * 20, {}, "labels: int and str are mixed, should be of one type"),
-    (GOOD[0], ["x", "\ud800"] * 20, {}, r"item 1: '.ud800' holds half of a character"),
-    (GOOD[0], np.eye(40), {}, "labels: has 40 columns, should have one"),
+    (GOOD[0], ["x", "\ud800"] * 20, {}, r"item 1: '\ud800' holds half of a character"),
     (*GOOD, {"dev_size": 200}, "dev_size: 200, should be "),
-    (*GOOD, {"sure": "90"}, "sure: '90', should be a number from 50 to 99.9"),
     (*GOOD, {"max_lost": float("nan")}, "max_lost: nan, should be a number from 0.01 to 99.99"),
-    (*GOOD, {"trunk": "no-such"}, "^trunk: no-such is not a folder"),
-    (*GOOD, {"groups": ["a"]}, "^groups: 1, should be as many as the texts, 40"),
-    (*GOOD, {"unlabelled": ["a"], "unlabelled_groups": "a"}, "^unlabelled_groups: 'a', should be a list"),
-    ([" "] * 40, GOOD[1], {}, "^texts: all of them are empty"),
-    (*GOOD, {"validation": ([], [])}, "^validation: has no rows"),
-    (*GOOD, {"validation": (["a"],)}, r"^validation: should be \(texts, labels\)"),
+    (*GOOD, {"groups": ["a"]}, "groups: 1, should be as many as the texts, 40"),
+    (*GOOD, {"unlabelled": ["a"], "unlabelled_groups": "a"}, "unlabelled_groups: 'a', should be a list"),
+    ([" "] * 40, GOOD[1], {}, "texts: all of them are empty"),
+    (*GOOD, {"validation": ([], [])}, "validation: has no rows"),
+    (*GOOD, {"validation": (["a"],)}, "validation: should be (texts, labels)"),
 ]
 
 
@@ -144,16 +132,15 @@ def test_what_cannot_be_trained_on_is_named(new, monkeypatch, texts, labels, opt
     monkeypatch.setattr("minisweet.classifier.fit.fine_tune", None)  # nothing is trained before
     of_fit = {name: options[name] for name in options.keys() - PARAMETERS.keys()}
     classify = new(**{name: options[name] for name in options.keys() & PARAMETERS.keys()})
-    with pytest.raises(InputError, match=message):
-        classify.fit(texts, labels, **of_fit)
+    assert refused(classify.fit, texts, labels, **of_fit).startswith(message)
 
 
 def test_a_second_fit_that_fails_leaves_the_first_model_whole(new, tmp_path, monkeypatch):
     """Where the training diverges, and where it is over and choosing fails."""
     classify, texts = new().fit(*GOOD), GOOD[0]
     before = classify.classify(texts)
-    with pytest.raises(InputError, match=r"^lr: at 1e\+30 the loss became infinite or NaN"):
-        classify.set_params(lr=1e30).fit(texts, ["x", "y"] * 20)
+    error = refused(classify.set_params(lr=1e30).fit, texts, ["x", "y"] * 20)
+    assert error.startswith("lr: at 1e+30 the loss became infinite or NaN")
     with monkeypatch.context() as patch:
         patch.setattr("minisweet.classifier.state.choose", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
@@ -176,19 +163,11 @@ def test_a_copy_needs_neither_the_original_nor_its_folder(own_run, tmp_path, cop
         assert again.choose(max_lost=99).operating_point.share < 0.5
 
 
-@pytest.mark.parametrize(
-    ("texts", "options", "message"),
-    [
-        (["a", None], {}, "item 1: None, should be one text"),
-        (["\ud800"], {}, r"^item 0: it holds '.ud800', half of a character"),  # of an emoji
-        ("a text", {}, r"^texts: 'a text', should be a list, such as \[text\] for one text"),
-        ([], {"amp": "bfloat16"}, "^amp: 'bfloat16', should be one of auto, off"),
-        ([], {"threshold": 1.5}, "^threshold: 1.5, should be a number from 0 to 1"),
-    ],
-)
-def test_what_cannot_be_answered_is_named(own_run, texts, options, message):
-    with pytest.raises(InputError, match=message):
-        EarlyExitClassifier.load(own_run, **options).predict(texts)
+def test_what_cannot_be_answered_is_named(own_run):
+    load = EarlyExitClassifier.load
+    assert refused(load(own_run).predict, ["a", None]) == "item 1: None, should be one text"
+    assert refused(load, own_run, amp="bfloat16").startswith("amp: 'bfloat16', should be one of auto, off")
+    assert refused(load, own_run, threshold=1.5) == "threshold: 1.5, should be a number from 0 to 1"
 
 
 def frame(*columns: list) -> object:
@@ -208,16 +187,13 @@ def test_frames_series_and_columns_are_taken_and_another_length_is_not(new, capl
     expected = classify.score(texts, labels)
     for y in (frame(labels), np.array(labels)[:, None], iter(labels)):
         assert classify.score(frame(texts), y) == expected > 0.6
-    with pytest.raises(InputError, match="texts: there are none"):
-        classify.score([], [])
-    with pytest.raises(InputError, match="labels: 1, should be as many as the texts, 60"):
-        classify.score(texts, labels[:1])
-    with pytest.raises(InputError, match="item 0: has no label"):
-        classify.score(texts, [NA] * 60)
+    assert refused(classify.score, [], []) == "texts: there are none"
+    assert refused(classify.score, texts, [NA] * 60) == "item 0: has no label"
 
 
-def test_verbose_tells_and_else_it_is_silent(new, capsys, monkeypatch):
+def test_verbose_tells_and_else_it_is_silent_on_a_terminal_too(new, capsys, monkeypatch):
     monkeypatch.setattr(LOG, "handlers", [])  # of commands that were tested before
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     texts, labels = opinions_of(slice(60))
     for verbose in (0, 1):
         classify = new(verbose=verbose).fit(texts, labels)
@@ -229,36 +205,24 @@ def test_verbose_tells_and_else_it_is_silent(new, capsys, monkeypatch):
 def test_what_the_commands_do_is_done_from_python(new, tmp_path):
     texts, labels = opinions_of(slice(100))
     classify = new().fit(texts, labels)
-    lines = classify.summary().splitlines()
-    assert [line[:12].strip() for line in lines[1:4]] == ["a bag of wor", "deployed", "full depth"]
-    assert lines[-1] == classify.promise
-    all_leave = classify.operating_point.share == 0
-    assert ("all texts leave at exit 0: nothing need be sent to the model" in lines) == all_leave
-    assert lines[-2].startswith(
-        f"{classify.operating_point.judging_texts} of 20 validation rows judge, one of each text"
-    )
+    assert classify.summary().splitlines()[-1] == classify.promise
     others = opinions_of(slice(300, 400))
     found = classify.test(*others)
     assert found["score"] == pytest.approx(100 * classify.score(*others), abs=3)  # texts that it has seen do not count
     assert {"score", "macro_f1", "lost"} < found.keys() < vars(classify.operating_point).keys()
-    with pytest.raises(InputError, match="no row is left to test on"):
-        classify.test(texts, labels)
+    assert "no row is left to test on" in refused(classify.test, texts, labels)
     assert classify.test([f"{text} ." for text in others[0]], [None] * 100)["score"] is None
     first, last = (explained[-1][0] for explained in classify.explain(texts[:2]))
     assert [first.exit_layer, last.exit_layer] == [4, 4]
-    with pytest.raises(InputError, match="other: should end in .onnx$"):
-        classify.export(tmp_path / "other")
+    assert refused(classify.export, tmp_path / "other").endswith("other: should end in .onnx")
     if importlib.util.find_spec("onnxscript"):
         assert classify.export(tmp_path / "a.onnx", int8=True)[0].startswith(f"{tmp_path}/a.onnx: int8")
 
 
 def test_before_it_is_trained_it_says_so(new, tmp_path):
     for call in (lambda: new().predict(["a"]), new().choose, lambda: new().save(tmp_path / "a")):
-        with pytest.raises(InputError, match="not trained yet; call fit, or EarlyExitClassifier.load"):
-            call()
-    for name, right in (("no_such", "model, seed"), ("max_loss", ".*max_lost, sure")):
-        with pytest.raises(InputError, match=f"^{name}: unknown parameter, should be one of {right}"):
-            new().set_params(**{name: 1})
+        assert "not trained yet; call fit, or EarlyExitClassifier.load" in refused(call)
+    assert refused(new().set_params, max_loss=1).startswith("max_loss: unknown parameter, should be one of model, ")
 
 
 def test_any_number_of_texts_in_order(own_run):

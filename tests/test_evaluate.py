@@ -100,30 +100,22 @@ def test_metric_and_precision_are_those_that_are_asked_for(copied, command, monk
     write_json(folder / "run.json", read_json(folder / "run.json") | {"metric": "matthews"})
     before = read_outputs(folder / "logits.safetensors", read_record(folder).id)
     assert command(evaluate, folder, "--amp", "bf16")[0] == 0
-    outputs, after = (
-        read_outputs(folder / "logits.safetensors", read_record(folder).id),
-        evaluate.read_evaluation(folder),
-    )
+    outputs = read_outputs(folder / "logits.safetensors", read_record(folder).id)
+    after = evaluate.read_evaluation(folder)
     assert (after.metric, after.precision, outputs.precision) == ("matthews", *["torch.bfloat16"] * 2)
     assert not torch.equal(before.logits, outputs.logits)
     matthews = score(outputs.logits.argmax(-1).numpy(), outputs.labels.numpy(), "matthews")
     assert after.exit_scores == pytest.approx(matthews.tolist())
     monkeypatch.setattr("minisweet.exits.ExitHead.forward", lambda head, x: (x[:, :2] * np.nan, None))
     assert (command(evaluate, folder)[0], evaluate.read_evaluation(folder)) == (2, after)
-    refused = "error: --thresholds: needs a run to evaluate, and --plot only draws"
-    assert refused in command(evaluate, folder, "--plot", "a.png", "--thresholds", 5)[2]
 
 
 def test_files_of_another_run_are_refused(copied, run_of, command):
+    """Of model and logits this stands in test_deployed.py."""
     run = copied("sweet")
-    other = run_of("ee")
-    shutil.copy(other / "model.safetensors", run / "model.safetensors")
-    assert "model.safetensors: belongs to another run than run.json beside it" in command(evaluate, run)[2]
-    shutil.copy(run_of("sweet") / "model.safetensors", run / "model.safetensors")
-    shutil.copy(other / "logits.safetensors", run / "logits.safetensors")
     (run / "model.safetensors").unlink()  # as in an archive of results
     assert command(evaluate, run, "--plot", "a.png")[0] == 0
-    shutil.copy(other / "evaluation.json", run / "evaluation.json")
+    shutil.copy(run_of("ee") / "evaluation.json", run / "evaluation.json")
     _, _, err = command(evaluate, run, "--plot", "a.png")
     assert "evaluation.json: belongs to other weights than the model beside it" in err
 

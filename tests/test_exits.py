@@ -10,13 +10,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from minisweet import InputError, MultiExitModel, load_encoder
+from minisweet import MultiExitModel, load_encoder
 from minisweet.base.files import read_json, write_json
 from minisweet.checkpoint import public_name, read_config
 from minisweet.exits import EXIT_STRATEGIES, exit_loss
 from minisweet.hub import home
 from minisweet.live import early_exit
 from minisweet.methods import METHODS
+from tests import conftest
 from tests.conftest import CONFIGS, exit_losses, model_of, note_difference, random_batch, tiny_encoder, write_model
 
 
@@ -45,11 +46,10 @@ def test_the_pooling_is_the_checkpoints_or_the_presets_or_that_which_is_asked_fo
         write_json(folder / "1_Pooling" / "config.json", content)
         assert read_config(folder).pooling == expected
     write_json(folder / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": "yes"})
-    with pytest.raises(InputError, match=r"1_Pooling/config.json: pooling_mode_mean_tokens is 'yes', should be bool"):
-        read_config(folder)
+    message = "1_Pooling/config.json: pooling_mode_mean_tokens is 'yes', should be bool"
+    assert message in conftest.refused(read_config, folder)
     write_json(folder / "config.json", read_json(folder / "config.json") | {"pooling": "max"})
-    with pytest.raises(InputError, match="pooling is 'max', should be one of"):
-        read_config(folder)
+    assert "pooling is 'max', should be one of" in conftest.refused(read_config, folder)
 
 
 @settings(max_examples=24)

@@ -12,6 +12,7 @@ import pytest
 from minisweet import hub
 from minisweet.base import files
 from minisweet.base.files import InputError, read_json, write_json, written_beside
+from tests.conftest import refused
 
 
 def content(path: Path) -> dict[str, bytes] | bytes:
@@ -81,12 +82,10 @@ def test_after_an_error_the_target_is_as_it_was_and_nothing_else_is_left(tmp_pat
         ("a", "cannot be written", lambda target: write_folder(target, "new")),  # a folder, where a file is
         ("b", "already exists", lambda target: write_folder(target, "new", overwrite=False)),
     ):
-        with pytest.raises(InputError, match=f"/{target}: {reason}"):
-            write(tmp_path / target)
+        assert f"/{target}: {reason}" in refused(write, tmp_path / target)
     d = tmp_path / "d"
     d.mkdir()  # an empty folder is as good as none
-    with pytest.raises(InputError, match="/d: cannot be written .*not empty"):
-        write_folder(d, "mine", False, lambda: write_folder(d, "another's"))
+    assert "not empty" in refused(write_folder, d, "mine", False, lambda: write_folder(d, "another's"))
     e = tmp_path / "e"  # of two first uses at once the slower takes what the faster made
     hub.fetch_once(e, lambda: write_folder(e, "mine", False, lambda: write_folder(e, "another's")))
     assert content(tmp_path) == before | {f"{folder}/{name}": b"another's" for folder in "de" for name in "ab"}

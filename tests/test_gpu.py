@@ -25,7 +25,7 @@ def test_training_falls_in_loss_and_its_gradients_are_finite(tmp_path, monkeypat
     examples, model = toy_examples(folder, range(200)), conftest.model_of(folder, method).to(DEVICE)
     for part in model.models_alone:
         norms.clear()
-        losses = conftest.train_on(examples, part, 3e-3, 16, epochs=8, precision=precision)
+        losses = training.fine_tune(part, examples, 8, 16, 3e-3, device=DEVICE, precision=precision)
         losses = torch.tensor(losses)  # (steps, K)
         assert (losses[-20:].mean(0) < losses[:10].mean(0) - 0.02).all()
         assert sum(not norm.isfinite() for norm in norms) <= (4 if precision is torch.float16 else 0)

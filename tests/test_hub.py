@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save
 
 from minisweet import hub
 from minisweet.checkpoint import read_config
-from tests.conftest import CONFIGS
+from tests.conftest import CONFIGS, refused
 from tests.hub_server import HubServer
-from tests.test_rows import refused
 
 CONFIG = json.dumps(CONFIGS["bert"]).encode()
 WEIGHTS = save({"weight": torch.arange(12.0)})

@@ -138,20 +138,16 @@ def test_nothing_is_run_in_vain(exported):
 
 
 @pytest.fixture
-def chosen(run_of, tmp_path, command):
-    """A function that copies a run, for which a goal is chosen at which some texts leave early."""
-
-    def copied(name: str, *goal: str) -> Path:
-        run = shutil.copytree(run_of(name), tmp_path / name)
-        assert command(choose, run, *(goal or ("--max-lost", 40, "--sure", 60)))[0] == 0
-        return run
-
-    return copied
+def chosen(run_of, tmp_path, command) -> Path:
+    """A copy of a run, for which a goal is chosen at which some texts leave early."""
+    run = shutil.copytree(run_of("bag"), tmp_path / "bag")
+    assert command(choose, run, "--max-lost", 40, "--sure", 60)[0] == 0
+    return run
 
 
 def test_file_tells_what_it_is_and_the_guides_python_runs_it(chosen, tmp_path):
     """Where neither torch nor minisweet can be imported."""
-    run, file = chosen("bag"), tmp_path / "tickets.onnx"
+    run, file = chosen, tmp_path / "tickets.onnx"
     classify = EarlyExitClassifier.load(run)
     first, rows, _, promised = classify.export(file)
     point, record = classify.operating_point, classify.state.trained.record
@@ -206,10 +202,10 @@ def test_int8_promises_anew_against_its_own_full_depth(own_run, run_of, tmp_path
 
 
 @pytest.mark.slow
-def test_refusals(run_of, chosen, tmp_path, command, monkeypatch):
-    run, new = chosen("bag"), tmp_path / "new.onnx"
+def test_refusals(chosen, tmp_path, command, monkeypatch):
+    run, new = chosen, tmp_path / "new.onnx"
 
-    def refused(run) -> str:
+    def refused() -> str:
         status, _, err = command(export, run, "--onnx", new)
         assert (status, err.count("\n"), new.exists()) == (2, 1, False), err
         return err
@@ -220,10 +216,9 @@ def test_refusals(run_of, chosen, tmp_path, command, monkeypatch):
         answers = classify(state, texts)
         return [answers[0]._replace(label="?")] * others + answers[others:]
 
-    assert "a run of train.py, which is evaluated by: python evaluate.py" in refused(run_of("mm"))
     others = 2
     monkeypatch.setattr(State, "classify", with_others)
-    assert re.search(r"not written: 2 of \d+ answers are not the model's", refused(run))
+    assert re.search(r"not written: 2 of \d+ answers are not the model's", refused())
     others = 1  # of a thousand answers one may be another one
     state = EarlyExitClassifier.load(run).state
     save_choice(run, replace(state, point=replace(state.point, precision="torch.bfloat16")))
@@ -233,4 +228,4 @@ def test_refusals(run_of, chosen, tmp_path, command, monkeypatch):
     new.unlink()
     monkeypatch.delitem(sys.modules, "minisweet.classifier.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert "onnxscript (pip install '.[onnx]')" in refused(run)
+    assert "onnxscript (pip install '.[onnx]')" in refused()

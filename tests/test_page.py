@@ -16,7 +16,7 @@ from minisweet import EarlyExitClassifier, NgramExit
 from minisweet.classifier.cascade import Logits
 from minisweet.classifier.explain import TEMPLATE, word_scores, write_page
 from minisweet.classifier.main import explain
-from minisweet.classifier.operating_point import OperatingPoint
+from minisweet.classifier.operating_point import choose
 from minisweet.classifier.promise import Goal
 from minisweet.classifier.state import State, Trained
 from minisweet.texts import BERTS, Examples
@@ -25,11 +25,6 @@ from tests.conftest import random_bag
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 1'>&lt;\u2028\0 <!--"
 N, DEPTH = 200, 4
-STATED = {"score": 80.0, "score_interval": [74.0, 85.0], "full_depth": 82.0, "full_depth_interval": [78.0, 88.0]}
-STATED |= {"share": 0.5, "share_interval": [0.45, 0.55], "goal": Goal(), "lost": 2.0}
-STATED |= {"lost_interval": [0.5, 6.2], "choosing_texts": 50, "judging_texts": 150, "labelled_judges": 150}
-STATED |= {"exit_0": 60.0, "exit_0_interval": [50.0, 70.0], "macro_f1": 80.0}
-STATED |= {"per_class": {"support": [50, 50, 50]}, "precision": "torch.float32"}
 
 
 def test_what_spoke_is_all_where_words_are_few(run_of):
@@ -52,10 +47,8 @@ def test_commands(own_run, run_of, tmp_path, command):
     (answer,), (last, _) = classify.classify(["superb film"]), classify.explain(["superb film"])[0][-1]
     assert last.probabilities == pytest.approx(answer.probabilities, abs=1e-5)  # where exit 0 has a say
     assert command(explain, run_of("bag"), "--html", tmp_path / "page.html")[0] == 0
-    data = data_of(tmp_path / "page.html")
-    assert (
-        len(data["words"]) == len(data["sentences"]) == len(EarlyExitClassifier.load(run_of("bag")).state.logits.labels)
-    )
+    data, rows = data_of(tmp_path / "page.html"), EarlyExitClassifier.load(run_of("bag")).state.logits.labels
+    assert len(data["words"]) == len(data["sentences"]) == len(rows)
     assert data["point"]["promise"] == ""  # since all texts run to the last exit
     assert data["point"]["goal"] == {"max_lost": 3.0, "sure": 90.0}
 
@@ -78,7 +71,7 @@ class Case:
         self.labels = rng.integers(0, 3, N)
         logits = torch.from_numpy(rng.normal(size=(2, N, 3)) + 3 * np.eye(3)[self.labels]).float()
         self.logits = Logits(*logits, self.labels.copy(), np.arange(N), np.arange(N))
-        self.point = OperatingPoint(threshold=0.7123, temperatures=[1.0, 0.5], weights=[0.0, 0.4], **STATED)
+        self.point = replace(choose(self.logits, Goal(), combines=True), threshold=0.7123)
         rule = self.point.rule
         calibrated = torch.stack([rule.at_exit_0(logits[0]), rule.at_full_depth(*logits)])
         self.confidence = calibrated.softmax(-1).amax(-1)  # (2, N)
@@ -144,59 +137,50 @@ def browser():
 
 @pytest.fixture
 def page(browser, tmp_path):
-    """Opens a case's page; whatever a test does with it, nothing may be logged as an error."""
-
-    def open_page(case: Case) -> "Page":
-        browser.get(case.write(tmp_path / "page.html").as_uri())
-        return Page(browser)
-
-    yield open_page
+    """The page of `Case`, where one text is hostile; whatever a test does with it, no error may be logged."""
+    case = Case()
+    case.sentences[1] = HOSTILE
+    browser.get(case.write(tmp_path / "page.html").as_uri())
+    yield browser
     assert [entry["message"] for entry in browser.get_log("browser")] == []
 
 
-class Page:
-    """What a user does with the page, and sees."""
+def find(page, css: str) -> list:
+    """The elements of an open page."""
+    return page.find_elements("css selector", css)
 
-    def __init__(self, browser) -> None:
-        self.browser = browser
-        self.thresholds = browser.execute_script("return data.thresholds")
 
-    def find(self, css: str) -> list:
-        return self.browser.find_elements("css selector", css)
+def texts_of(page, css: str) -> list[str]:
+    """The texts of its elements, shown or not."""
+    return [element.get_property("textContent") for element in find(page, css)]
 
-    def texts(self, css: str) -> list[str]:
-        script = "return [...document.querySelectorAll(arguments[0])].map(element => element.textContent)"
-        return self.browser.execute_script(script, css)
 
-    def slide(self, threshold: float) -> None:
-        script = "const e = get('threshold'); e.value = arguments[0]; e.dispatchEvent(new Event('input'));"
-        self.browser.execute_script(script, self.thresholds.index(threshold))
+def slide(page, threshold: float) -> None:
+    """Move its slider to one of the thresholds."""
+    script = "const e = get('threshold'); e.value = data.thresholds.indexOf(arguments[0]);"
+    page.execute_script(script + "e.dispatchEvent(new Event('input'));", threshold)
 
 
 @pytest.mark.slow
 def test_a_sentence_is_text_and_nothing_else(page):
-    case = Case()
-    case.sentences[1] = HOSTILE
-    opened = page(case)
-    opened.find("tr[data-row='1']")[0].click()
-    assert opened.texts("tr[data-row='1'] .text") == [HOSTILE]
-    assert opened.browser.execute_script("return window.ran") is None
-    assert opened.find("img, b b, td b, td i, option i, script:nth-of-type(3)") == []
+    find(page, "tr[data-row='1']")[0].click()
+    assert texts_of(page, "tr[data-row='1'] .text") == [HOSTILE]
+    assert page.execute_script("return window.ran") is None
+    assert find(page, "img, b b, td b, td i, option i, script:nth-of-type(3)") == []
 
 
 @pytest.mark.slow
 def test_who_leaves_where_at_each_threshold_and_the_layers_that_a_sentence_runs(page):
     case = Case()
-    opened = page(case)
-    assert opened.texts("#t") == ["0.7123"]  # the one that is deployed
-    for threshold in (*opened.thresholds[::9], 0.8):
-        opened.slide(threshold)
-        assert [*map(int, opened.texts("#bars .count"))] == np.bincount(case.taken(threshold), minlength=2).tolist()
+    assert texts_of(page, "#t") == ["0.7123"]  # the one that is deployed
+    for threshold in (*page.execute_script("return data.thresholds")[::9], 0.8):
+        slide(page, threshold)
+        assert [*map(int, texts_of(page, "#bars .count"))] == np.bincount(case.taken(threshold), minlength=2).tolist()
     for k in range(2):
         row = int(np.flatnonzero(case.taken(0.8)[:50] == k)[0])
-        opened.find(f"tr[data-row='{row}']")[0].click()
-        assert len(opened.find("#layers rect.run")) == (0, DEPTH)[k]
-        assert len(opened.find("#layers rect")) == DEPTH
-    opened.slide(1.0)
-    assert len(opened.find("#layers rect.run")) == DEPTH
-    assert "exit 0" in opened.texts("#layers text")
+        find(page, f"tr[data-row='{row}']")[0].click()
+        assert len(find(page, "#layers rect.run")) == (0, DEPTH)[k]
+        assert len(find(page, "#layers rect")) == DEPTH
+    slide(page, 1.0)
+    assert len(find(page, "#layers rect.run")) == DEPTH
+    assert "exit 0" in texts_of(page, "#layers text")

@@ -18,7 +18,6 @@ from tests.conftest import command_of, in_folder, opinions, run, write_model, wr
 MODULES = COMMANDS | {"train": "train", "evaluate": "evaluate"}
 TRAIN = "--model tiny --out new --train-size 48 --epochs 1 --max-length 32"  # and then the bad words
 FIT = "--model tiny --out new --epochs 1 --max-length 32"
-OLD = {"evaluate": "", "choose": "", "predict": "own.csv", "test": "own.csv", "explain": "a", "export": "--onnx a.onnx"}
 
 REFUSALS = [
     # base: what argparse and the types of options refuse
@@ -33,45 +32,30 @@ REFUSALS = [
     ("evaluate", "bag", "bag: a run of minisweet fit, which is evaluated by: minisweet choose bag"),
     ("evaluate", "run other --plot new.png", "other: it was evaluated on other rows, or by another metric"),
     ("evaluate", "bare --plot new.png", "bare: has no evaluation.json; first: python evaluate.py bare"),
+    ("evaluate", "run --plot a.png --thresholds 5", "--thresholds: needs a run to evaluate, and --plot only draws"),
     ("evaluate", "bare run", "run: a second run, and only --plot takes several"),
     ("evaluate", "ee --predict own.csv", "--threshold: is missing; --predict needs it, a number from 0 to 1"),
     ("evaluate", "ee --predict own.csv --threshold 1.5", "--threshold: '1.5', should be a number from 0 to 1"),
     ("evaluate", "ee --threshold 0", "--threshold: needs --predict FILE.tsv"),
     ("evaluate", "ee --predict own.csv --threshold 1 --thresholds 3", "--thresholds: needs a command without --predi"),
-    ("evaluate", "ee --predict own.csv --threshold 1 --plot a.png", "--plot: needs a command without --predict"),
     ("evaluate", "ee --predict own.csv --threshold 1", "own.csv: no column sentence; its header names text,label"),
     ("evaluate", "ee --predict tiny --threshold 1", "tiny: cannot be read ("),
-    *[(command, f"old {words}", "old: a run of an earlier version of minisweet; ") for command, words in OLD.items()],
+    ("evaluate", "old", "old: a run of an earlier version of minisweet; "),
     # own text
     ("fit", FIT, "FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE"),
     ("fit", f"empty.csv {FIT}", "empty.csv: it has no rows"),
     ("fit", f"pipe.csv {FIT}", "pipe.csv: cannot be read (not a file)"),
-    (
-        "fit",
-        f"own.csv {FIT} --text-columns text,label",
-        "no column text,label; it has text, label; join the two texts into one, or train on",
-    ),
     ("fit", f"one.csv {FIT}", "one: all rows have the label 'x', needs two or more"),
     ("fit", f"none.csv {FIT}", "none: no row has a label"),
-    (
-        "fit",
-        f"two.csv {FIT} --text-columns sentence1 --dev-size 0.1",
-        "two: too few rows: no text can be set aside, or none is left to learn",
-    ),
+    ("fit", f"two.csv {FIT} --text-columns sentence1 --dev-size 0.1", "two: too few rows: no text can be set aside"),
     ("fit", f"own.csv {FIT} --dev-data own.csv --dev-size 0.3", "--dev-size: needs a split of FILE, not --dev-data"),
     ("fit", f"own.csv {FIT} --text-columns label", "--text-columns: label, should not be the label column"),
+    ("fit", f"own.csv {FIT} --unlabelled own.csv", "--unlabelled: no text is left: all of them are also labelled, or"),
     ("fit", f"own.csv {FIT} --unlabelled two.csv", "two.csv: no column text or sentence; it has sentence1,"),
     ("fit", "own.csv --trunk ee --out new", "ee: a run of train.py, which is evaluated by: python evaluate.py ee"),
-    (
-        "fit",
-        "own.csv --trunk own.csv --out new",
-        "--trunk: own.csv is not a folder; should be a run, or a classifier in",
-    ),
+    ("fit", "own.csv --trunk own.csv --out new", "--trunk: own.csv is not a folder; should be a run, or a classif"),
     ("fit", "own.csv --trunk bag --out new --max-length 30", "--max-length: 30, should be 32, as of the trunk bag"),
-    *[
-        (command, f"ee {words}", "ee: a run of train.py, which is evaluated by: python evaluate.py ee")
-        for command, words in list(OLD.items())[1:]
-    ],
+    ("predict", "ee own.csv", "ee: a run of train.py, which is evaluated by: python evaluate.py ee"),
     ("predict", "no-point own.csv", "no-point/operating.json: not readable as JSON"),
     ("test", "bag own.csv", "own.csv: no row is left to test on: 32 with a label that the model does not know (a, b)"),
     ("test", "bag bag/validation.jsonl", "bag/validation.jsonl: no row is left to test on: "),

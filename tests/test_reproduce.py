@@ -137,23 +137,6 @@ def test_without_a_clone_it_is_one_line(grid, monkeypatch, tmp_path):
     assert (status, err.count("\n"), "no clone of the repository" in err, started) == (2, 1, True, [])
 
 
-def made(task: str, method: str, seed: int, *exits: tuple[float, int], shares=(), **changes) -> Run:
-    """A run with exits after layers 1, 4, ... and a curve."""
-    key = {
-        "model": "m",
-        "task": task,
-        "method": method,
-        "strategy": "confidence",
-        "train_size": 6000,
-        "rate": 5e-5,
-        "pooling": "mean",
-    }
-    of_exits = dict(zip((1, 4, 6), exits, strict=False))
-    curve = {Fraction(share): score for share, score in shares}
-    rest = {"area": 60.0, "constant": 50.0, "precision": "float32", "seconds": 1.0, "commit": "c0ffee"}
-    return Run(**key | {"seed": seed, "exits": of_exits, "shares": curve} | rest | changes)
-
-
 def test_a_curve_is_interpolated_at_the_shares_that_it_reaches(tmp_path):
     fake_run(tmp_path / "run", {"method": "ee", "lr": 1e-3, "seed": 0}, 70.0)
     run = run_of(tmp_path / "run")
@@ -161,7 +144,15 @@ def test_a_curve_is_interpolated_at_the_shares_that_it_reaches(tmp_path):
     assert (run.constant, run.converged, run.exits) == (50.0, True, {1: (70.0, 1), 4: (70.0, 2)})
 
 
-def test_tables_pair_seeds_and_mark_exits_of_one_answer():
+def test_tables_pair_seeds_and_mark_exits_of_one_answer(tmp_path):
+    fake_run(tmp_path / "run", {"method": "ee", "lr": 5e-5, "seed": 0}, 60.0)
+
+    def made(task: str, method: str, seed: int, *exits: tuple[float, int], shares=(), layers=(1, 4)) -> Run:
+        """A run with exits after some layers, and a curve."""
+        curve = {Fraction(share): score for share, score in shares}
+        key, scores = {"task": task, "method": method, "seed": seed}, dict(zip(layers, exits, strict=True))
+        return run_of(tmp_path / "run")._replace(exits=scores, shares=curve, **key)
+
     runs = {("sst2", "ee"): {n: made("sst2", "ee", n, (50.0, 1), (80.0, 2)) for n in range(3)}}
     runs["sst2", "sweet"] = {n: made("sst2", "sweet", n, (70.0 + n, 2), (79.0, 2)) for n in range(3)}
     runs["rte", "ee"] = {n: made("rte", "ee", n, (50.0, 1), (60.0, 2), shares=[("1", 60.0)]) for n in (0, 1)}
@@ -176,8 +167,8 @@ def test_tables_pair_seeds_and_mark_exits_of_one_answer():
     ):
         assert line in text, text
     assert "|  | 1/12 | 1/4 | 1/2 | 3/4 | 1 |" in text
-    large = {("sst2", "ee"): {0: made("sst2", "ee", 0, shares=[("1/24", 70.0)], exits={1: (70.0, 2), 24: (80.0, 2)})}}
-    text = tables(large, ["sst2"], ["ee"])
+    large = made("sst2", "ee", 0, (70.0, 2), (80.0, 2), shares=[("1/24", 70.0)], layers=(1, 24))
+    text = tables({("sst2", "ee"): {0: large}}, ["sst2"], ["ee"])
     assert "|  | 1/24 | 1/4 | 1/2 | 3/4 | 1 |\n|---|---|---|---|---|---|\n| SST-2, EE | 70.0 |" in text
 
 

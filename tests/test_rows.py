@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisweet.base.files import InputError
 from minisweet.classifier.rows import (
     find_column,
     names_of,
@@ -22,6 +21,7 @@ from minisweet.classifier.rows import (
 )
 from minisweet.classifier.split import class_numbers, classes_of
 from minisweet.texts import Examples
+from tests.conftest import refused
 
 TEXTS = ['He said "no",\nthen "yes"', "a\tb, c\rd", "caf\u00e9 \u2028 \\", " "]
 BETWEEN = {".csv": ",", ".tsv": "\t", ".jsonl": None}
@@ -43,13 +43,6 @@ def write(path: Path, rows: list[dict], encoding: str = "utf-8") -> Path:
 def read(path):
     """The rows of a file, with their labels."""
     return read_texts(path, text_column(path, None), find_column("--label-column", path, "label"))
-
-
-def refused(call, *arguments, **more) -> str:
-    """The message of an InputError."""
-    with pytest.raises(InputError) as error:
-        call(*arguments, **more)
-    return str(error.value)
 
 
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5) | st.sampled_from(TEXTS)
@@ -125,12 +118,13 @@ def test_labels_are_names_sorted_by_number_where_all_are_numbers(tmp_path):
     assert error == "a validation row has the label '1', which no other row has; should be one of x, y"
 
 
-def test_frames_of_other_columns_and_sets_are_refused():
+def test_what_is_no_list_of_texts_is_refused():
     advice = "join the two texts into one, or train on pairs with train.py"
     message = f"texts: has 2 columns, should have one, such as df['text']; {advice}"
     assert refused(texts_of, np.array([["a", "x"], ["b", "y"]])) == message
-    for wrong in ({"a"}, {"a": 1}, b"a", 1):
+    for wrong in ({"a"}, {"a": 1}, "a text", 1):
         assert refused(texts_of, wrong) == f"texts: {wrong!r}, should be a list, such as [text] for one text"
+    assert refused(texts_of, ["\ud800"]).startswith(r"item 0: it holds '\ud800', half of a character")  # of an emoji
     assert texts_of(text for text in "ab").first == texts_of(np.array([["a"], ["b"]])).first == ["a", "b"]
     assert names_of(np.array([1, 2]), 2, "labels") == (["1", "2"], {"int"})
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minisweet.base.files import read_json, write_json
+from minisweet.base.files import read_json
 from minisweet.checkpoint import read_config
 from minisweet.defaults import default_exit_layers, default_learning_rate, resolve
 from minisweet.methods import METHODS
@@ -17,8 +17,7 @@ from minisweet.outputs import ask_all, read_outputs, write_outputs
 from minisweet.run import load_model, load_run_tokenizer, read_record, read_validation, save_run, weights_id
 from minisweet.tasks import PAPER_STEPS, TASKS, Task
 from minisweet.texts import Examples, Texts, load_tokenizer
-from tests.conftest import random_batch, undecided_model, write_model
-from tests.test_rows import refused
+from tests.conftest import random_batch, refused, undecided_model, write_model
 
 ROWS = Examples(["the film", 'a "bad"\n\u2028 film'], None, [1, 0], ["one polar word", "contrast"])
 
@@ -47,12 +46,6 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, run_of, model_type, method, 
     write_outputs(run / "logits.safetensors", outputs, record.id)
     for ours, theirs in zip(read_outputs(run / "logits.safetensors", record.id), outputs, strict=True):
         assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
-
-
-def test_a_record_that_does_not_fit_is_refused_by_the_key(run_of, tmp_path):
-    run = shutil.copytree(run_of("sweet"), tmp_path / "run")
-    write_json(run / "run.json", read_json(run / "run.json") | {"metric": "f1"})
-    assert "run.json: metric is 'f1', should be one of " in refused(read_record, run)
 
 
 @pytest.mark.parametrize("left", [0, 4, 1000, -1])

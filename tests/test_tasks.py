@@ -9,11 +9,10 @@ import pytest
 import evaluate
 import train
 from minisweet import hub, tasks
-from minisweet.base.files import InputError
 from minisweet.run import read_record
 from minisweet.tasks import TASKS, find_task, load_examples
 from minisweet.texts import Examples, read_cells
-from tests.conftest import write_model
+from tests.conftest import refused, write_model
 from tests.hub_server import HubServer
 
 ODD = 'say "so\u2028\x85\x0b\x0c\x1c\u00e9 \\'  # characters within a sentence that str.splitlines would stumble over
@@ -44,9 +43,7 @@ def test_a_wrong_file_is_one_line(tmp_path):
         ("sentence\tlabel\n", ": it has no rows"),
     ):
         path.write_text(text)
-        with pytest.raises(InputError) as error:
-            load_examples("sst2", "dev", tmp_path)
-        assert str(error.value).startswith(f"{path}{message}")
+        assert refused(load_examples, "sst2", "dev", tmp_path).startswith(f"{path}{message}")
 
 
 def test_new_texts_need_no_label_and_blank_lines_are_texts(tmp_path):
@@ -65,9 +62,7 @@ def test_new_texts_need_no_label_and_blank_lines_are_texts(tmp_path):
         "sentence\na|1": "new.tsv, line 2: 2 cells, should be 1: sentence",
         "sentence\n\udcff": "new.tsv: cannot be read (",
     }.items():
-        with pytest.raises(InputError) as error:
-            read(text, "sentence")
-        assert message in str(error.value)
+        assert message in refused(read, text, "sentence")
 
 
 @pytest.fixture
@@ -128,9 +123,7 @@ def test_fetches_mrpc_and_splits_it_by_the_listed_ids(tmp_path, host):
 )
 def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, host, files, reason):
     host.files = files
-    with pytest.raises(InputError) as error:
-        fetched("rte", tmp_path)
-    message = str(error.value)
+    message = refused(fetched, "rte", tmp_path)
     assert message.startswith(f"{host.url}/glue/data/RTE.zip: cannot be fetched (")
     assert reason in message
     assert message.endswith(f"put train.tsv and dev.tsv into {tmp_path / 'RTE'} by hand (--data-dir)")
@@ -182,8 +175,6 @@ def test_a_data_set_in_glues_layout_is_trained_on_and_evaluated(command, tmp_pat
 )
 def test_a_data_set_in_another_layout_is_one_line(tmp_path, train, dev, message):
     write_own(tmp_path, train, dev)
-    with pytest.raises(InputError) as error:
-        load_examples("own", "dev", tmp_path)
-    assert str(error.value).removeprefix(f"{tmp_path / 'own'}/").startswith(message)
-    with pytest.raises(InputError, match=r"^task: '\.\./.*', should be one of .*, or a folder with "):
-        find_task("../own", tmp_path / "own")
+    error = refused(load_examples, "own", "dev", tmp_path)
+    assert error.removeprefix(f"{tmp_path / 'own'}/").startswith(message)
+    assert refused(find_task, "../own", tmp_path / "own").startswith("task: '../own', should be one of rte, mrpc, ")

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from minisweet.base.files import InputError
 from minisweet.checkpoint import read_config
 from minisweet.texts import CHARACTERS, POOL, Examples, Texts, load_tokenizer, special_ids
-from tests.conftest import WORDS, write_model
+from tests.conftest import WORDS, refused, write_model
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LONG = " ".join(WORDS * 4)
@@ -110,21 +109,16 @@ def test_wordpiece_tokens_are_those_of_transformers(tmp_path, name, value):
     [
         ("absent.txt", [], "missing or not readable"),
         ("tokenizer.json", ["{"], "missing or not readable"),
-        ("tokenizer.json", [Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>")).to_str()], "Missing .* token"),
+        ("tokenizer.json", [Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>")).to_str()], "Missing "),
         ("tokenizer_config.json", ['{"do_lower_case": "no"}'], "do_lower_case is 'no', should be bool"),
-        (
-            "vocab.txt",
-            ["[CLS]", "[UNK]", "[SEP]", *WORDS],
-            r"or slightly fewer, with \[CLS\], \[SEP\], \[PAD\], \[UNK\]",
-        ),
-        ("vocab.txt", [*SPECIAL, *WORDS, "a", "b", "c"], r"28 tokens, should have 26 \(the rows of the embedding\)"),
+        ("vocab.txt", ["[CLS]", "[UNK]", "[SEP]", *WORDS], "or slightly fewer, with [CLS], [SEP], [PAD], [UNK]"),
+        ("vocab.txt", [*SPECIAL, *WORDS, "a", "b", "c"], "28 tokens, should have 26 (the rows of the embedding)"),
     ],
 )
 def test_unusable_tokenizers_are_refused_in_one_line(tmp_path, name, tokens, message):
     (tmp_path / name).write_text("\n".join(tokens))
-    with pytest.raises(InputError, match=message) as error:
-        load_tokenizer(tmp_path, 26, 40)
-    assert str(error.value).startswith(f"{tmp_path}: ")
+    error = refused(load_tokenizer, tmp_path, 26, 40)
+    assert (error.startswith(f"{tmp_path}: "), message in error) == (True, True)
 
 
 @pytest.fixture
@@ -161,8 +155,7 @@ def test_mpnets_tokens_and_positions(tmp_path):
     """As in transformers; 42 positions hold 40 tokens."""
     folder = write_model(tmp_path, "mpnet")
     config = read_config(folder)
-    with pytest.raises(InputError, match="max_length: 41, should be at most 40, the positions of"):
-        load_tokenizer(folder, config.vocab_size, 41, config.max_tokens)
+    assert "max_length: 41, should be at most 40" in refused(load_tokenizer, folder, 60, 41, config.max_tokens)
     tokenizer = load_tokenizer(folder, config.vocab_size, 40, config.max_tokens)
     assert [tokenizer.id_to_token(n) for n in special_ids(tokenizer)] == ["<s>", "</s>", "<pad>", "[UNK]"]
     pair = tokenizer.encode("the film", "not good")

@@ -20,7 +20,7 @@ from minisweet.methods import METHODS
 from minisweet.run import read_record, read_validation
 from minisweet.tasks import load_examples
 from minisweet.training import fine_tune
-from tests.conftest import model_of, quick, toy_examples, train_on, write_model
+from tests.conftest import model_of, quick, toy_examples, write_model
 
 
 def test_each_step_draws_dropout_anew(tmp_path):
@@ -39,7 +39,7 @@ def test_mixed_precision_gradients_are_those_of_float32(tmp_path, monkeypatch, m
         seen = norms.setdefault(precision, [])
         monkeypatch.setattr(training, "clip_grad_norm_", lambda own, limit, seen=seen: seen.append(clip(own, limit)))
         model = model_of(folder, method, (1, 4)).eval()
-        train_on(toy_examples(folder, range(16), 16), model, 1e-3, 16, precision=precision)
+        fine_tune(model, toy_examples(folder, range(16), 16), 1, 16, 1e-3, precision=precision)
     assert len({seen[0].item() for seen in norms.values()}) == 3
     assert norms[torch.float16][0].item() == pytest.approx(norms[None][0].item(), rel=0.05)
     assert norms[torch.bfloat16][0].item() == pytest.approx(norms[None][0].item(), rel=0.1)
@@ -48,10 +48,10 @@ def test_mixed_precision_gradients_are_those_of_float32(tmp_path, monkeypatch, m
 def test_a_model_trains_alike_on_the_rows_in_use_and_an_error_leaves_all_rows_whole(model_dir, monkeypatch):
     examples = toy_examples(model_dir, range(24))
     few, whole = (model_of(model_dir, "sweet") for _ in range(2))
-    history = train_on(examples, few, 1e-3, 8)
+    history = fine_tune(few, examples, 1, 8, 1e-3)
     with monkeypatch.context() as patch:
         patch.setattr(fast, "used_rows", lambda table, _: nullcontext(torch.arange(len(table.weight))))
-        np.testing.assert_allclose(train_on(examples, whole, 1e-3, 8), history, atol=1e-5)
+        np.testing.assert_allclose(fine_tune(whole, examples, 1, 8, 1e-3), history, atol=1e-5)
     torch.testing.assert_close(few.state_dict(), whole.state_dict(), atol=1e-5, rtol=1e-4)
     before = copy.deepcopy(few.state_dict())
     table, ids = few.encoder.word_embeddings, np.concatenate(examples.ids)

@@ -1,8 +1,8 @@
 """What one would use in place of ours: a logistic regression on TF-IDF, on embeddings, or on both; and SetFit.
 
 TF-IDF counts words, pairs of words, and three to five characters within words. Embeddings are MiniLM's mean-pooled last
-layer, normalised: they cost all layers. The regression's strength is chosen
-by cross-validation. SetFit fine-tunes MiniLM on 20 pairs for each row on either side, with its defaults else.
+layer, normalised: they cost all layers. The regression's strength is chosen by cross-validation. SetFit fine-tunes
+MiniLM on 20 pairs for each row on either side, with its defaults else.
 """
 
 from collections.abc import Callable

@@ -14,6 +14,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from tests.conftest import CONFIGS
+
 # Two heads of size 8, because equal numbers hide a mix-up, and an epsilon large enough to show.
 SIZES = {
     "vocab_size": 50,
@@ -25,16 +27,7 @@ SIZES = {
     "layer_norm_eps": 1e-3,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
-}
-CONFIGS = {
-    "bert": {},
-    "deberta": {
-        "relative_attention": True,
-        "position_biased_input": False,
-        "pos_att_type": "c2p|p2c",
-        "max_relative_positions": 6,
-    },
-    "mpnet": {},
+    "initializer_range": 0.02,
 }
 LENGTHS = torch.tensor([[100], [37], [5]])  # MPNet's last bucket begins at a distance of 91
 
@@ -43,7 +36,7 @@ def write_reference(model_type: str) -> None:
     """Write the folder of one encoder."""
     torch.manual_seed(0)
     folder, T = Path(__file__).parent / model_type, LENGTHS.max()
-    config = transformers.AutoConfig.for_model(model_type, **SIZES, **CONFIGS[model_type])
+    config = transformers.AutoConfig.for_model(**CONFIGS[model_type] | SIZES)
     model = transformers.AutoModel.from_config(config).eval()
     for parameter in model.parameters():  # biases and LayerNorms too: a term of size 0 or 1 could hide
         torch.nn.init.normal_(parameter, std=0.3)
