@@ -45,7 +45,6 @@ from minisweet.run import (
 )
 from minisweet.sweep import Evaluation, crossfit, spaced_thresholds, sweep
 from minisweet.texts import Examples, Texts, read_cells
-from minisweet.toy import LEVELS
 
 WINDOW = 1024  # new texts that are read, and sorted by length, at once
 
@@ -91,14 +90,13 @@ def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str 
     texts = Texts(load_run_tokenizer(folder, record), read_validation(folder, record))
     model = load_model(folder, record).to(place)
     outputs = ask_all(model, texts, choose_precision(amp, place), record.metric)
-    assert record.id is not None  # a run that diverged has no model to load
     write_outputs(folder / LOGITS, outputs, record.id)
     seconds = round(time.perf_counter() - start, 2)
 
     # 2. The decisions at all thresholds.
     folds = crossfit(outputs)
     points = spaced_thresholds(thresholds, folds[0][0].lowest)
-    curve, taken = sweep(folds, outputs, points)
+    curve, _ = sweep(folds, outputs, points)
     evaluation = Evaluation(
         id=record.id,
         task=record.task,
@@ -109,7 +107,6 @@ def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str 
         thresholds=points,
         **curve,
         examples=len(texts),
-        dev_digest=texts.examples.digest(),
         seconds=seconds,
         device=device_name(place),
         precision=outputs.precision,
@@ -121,8 +118,6 @@ def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str 
     # 3. What a person reads.
     print(f"{folder}: {options.model}, {options.method}, {record.task}, {len(texts):,} validation rows")
     print_curve(evaluation)
-    if texts.examples.difficulties:  # of the toy task
-        print_difficulties(texts.examples.difficulties, np.array(record.exit_layers)[taken], points)
     next_step = f"python evaluate.py {quote(str(folder))} --predict FILE.tsv --threshold 0.9"
     print(f"\nwritten to {folder / EVALUATION}; to answer new texts: {next_step}", flush=True)
     return evaluation
@@ -138,7 +133,6 @@ def predict(folder: Path, file: Path, threshold: float, device: str = "auto", am
     place = choose_device(device)
     precision = choose_precision(amp, place)
     tokenizer, model = load_run_tokenizer(folder, record), load_model(folder, record).to(place)
-    assert record.id is not None  # as in `evaluate`
     try:
         outputs = read_outputs(folder / LOGITS, record.id)
     except InputError:  # not evaluated yet, or other weights were
@@ -196,14 +190,6 @@ def print_curve(evaluation: Evaluation) -> None:
     for threshold, value, ratio, counts in zip(*points, strict=True):
         print(f"{threshold:9.3f}{value:8.1f}{ratio:15.3f}   " + "".join(f"{count:7,}" for count in counts))
     print(f"area under the curve {evaluation.area:.2f}; all exits of all rows took {evaluation.seconds:.1f} s")
-
-
-def print_difficulties(difficulties: list[str], layers: np.ndarray, thresholds: list[float]) -> None:
-    """Print the mean exit layer of each difficulty at a threshold of about 0.9, from exit layers (P, N)."""
-    p = int(np.abs(np.array(thresholds) - 0.9).argmin())
-    print(f"\n{'difficulty':<25}mean exit layer at threshold {thresholds[p]:.3f}")
-    for level in filter(difficulties.count, LEVELS):
-        print(f"{level:<25}{layers[p, np.array(difficulties) == level].mean():8.2f}")
 
 
 if __name__ == "__main__":

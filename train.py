@@ -26,7 +26,7 @@ from minisweet.fast import tune_cpu
 from minisweet.hub import fetch_task, home, model_folder
 from minisweet.methods import build_model
 from minisweet.options import TrainingOptions
-from minisweet.run import Record, check_output, run_name, save_diverged, save_run, versions, weights_id
+from minisweet.run import Record, check_output, run_name, save_run, versions, weights_id
 from minisweet.tasks import TASKS, find_task, load_examples
 from minisweet.texts import Examples, Texts, load_tokenizer
 from minisweet.training import fine_tune
@@ -107,13 +107,7 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     settings = options.epochs, options.batch_size, options.lr, options.seed, device, precision
     for part in model.models_alone:
         name = f"layers {part.exit_layers[-1]}" if options.method == "mm" else options.method
-        try:
-            losses = fine_tune(part, texts, *settings, title=name)
-        except FloatingPointError as error:
-            step = error.args[0]
-            save_diverged(out, replace(record, diverged=step), overwrite)
-            message = f"at {options.lr:g} the loss became infinite or NaN at step {step}; try a lower one"
-            raise InputError(message, "lr") from None
+        losses = fine_tune(part, texts, *settings, title=name)
         record.losses[name] = np.round(losses, 5).tolist()
 
     # 5. Save.

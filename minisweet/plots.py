@@ -16,7 +16,6 @@ from minisweet.sweep import Evaluation
 # One colour per method in all pictures: Okabe and Ito's, which the colour-blind can tell apart.
 COLOURS = {"sweet": "#D55E00", "ee": "#0072B2", "mm": "#009E73", "other": "#56B4E9"}
 LINES = ("-", "--", "-.", ":")  # of the curves that share a colour
-MOST = 5  # curves that can be told apart in one picture
 
 
 def new_figure(width: float, height: float):
@@ -56,15 +55,14 @@ def label_axes(axis, title: str, score: str) -> None:
 def draw_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
     """Draw the curves of some evaluations, by the names to show. A PNG at `path` is replaced.
 
-    Raises InputError for more than five, and for one with other rows or another metric than the first.
+    Raises InputError for one of another task, metric or number of rows than the first.
     """
     first, of_first = next(iter(evaluations.items()))
-    if len(evaluations) > MOST:
-        raise InputError(f"--plot: {len(evaluations)} runs, should be at most {MOST}")
+    rows = of_first.task, of_first.metric, of_first.examples
     figure = new_figure(7.2, 5.6)
     axis = figure.subplots()
     for name, evaluation in evaluations.items():
-        if (evaluation.metric, evaluation.dev_digest) != (of_first.metric, of_first.dev_digest):
+        if (evaluation.task, evaluation.metric, evaluation.examples) != rows:
             raise InputError(f"{name[:120]}: it was evaluated on other rows, or by another metric, than {first[:120]}")
         label = f"{METHODS.get(evaluation.method, evaluation.method)}, {one_line(name, 60)}".replace("$", r"\$")
         draw_line(axis, evaluation.method, evaluation.speedup_ratios, evaluation.scores, label)

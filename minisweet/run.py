@@ -34,7 +34,7 @@ LOGITS, EVALUATION, CURVE = "logits.safetensors", "evaluation.json", "curve.png"
 class Record:
     """The record of a run, as in run.json."""
 
-    id: str | None = None  # the SHA-256 of the weights; None if the training diverged
+    id: str = ""  # the SHA-256 of the weights
     arguments: TrainingOptions  # with all defaults filled in
     task: str
     labels: list[str]  # (C,)
@@ -46,7 +46,6 @@ class Record:
     vocab_size: int
     losses: dict = field(default_factory=dict)  # by stage: the losses of each step
     seconds: float = 0.0  # of training
-    diverged: int | None = None  # the step at which a loss or a weight became infinite or NaN; there are no weights
     subset: list[int]  # the rows that were trained on
     weights: str  # the SHA-256 of the file that the training started from
     trained_keys: list[int]  # the keys of the texts that were trained on
@@ -102,7 +101,6 @@ def save_run(
 
     The record holds the id of the weights. `more` are further files, by name.
     """
-    assert record.id is not None
     with written_beside(out, overwrite) as folder:
         folder.mkdir()
         write_json(folder / RECORD, asdict(record))
@@ -117,19 +115,10 @@ def save_run(
             (folder / name).write_bytes(content_of_file)
 
 
-def save_diverged(out: Path, record: Record, overwrite: bool = True) -> None:
-    """Write the record alone of a training that diverged, unless there are weights already."""
-    if not (out / WEIGHTS).exists():
-        with written_beside(out, overwrite) as folder:
-            folder.mkdir()
-            write_json(folder / RECORD, asdict(record))
-
-
 def rows_of(examples: Examples, labels: list[str]) -> list[dict]:
     """The rows of validation.jsonl. The label of a row without one is null."""
     first = "text" if examples.second is None else "sentence1"
-    columns: dict[str, Any] = {first: examples.first, "sentence2": examples.second}
-    columns |= {"difficulty": examples.difficulties, "group": examples.groups}
+    columns: dict[str, Any] = {first: examples.first, "sentence2": examples.second, "group": examples.groups}
     names = [*labels, None]  # index -1 is None: no label
     columns["label"] = [names[label] for label in examples.labels or ()]
     columns = {name: values for name, values in columns.items() if values}
@@ -152,9 +141,7 @@ def read_record(folder: Path) -> Record:
 
 
 def check_weights(folder: Path, record: Record) -> None:
-    """Raise InputError if a run has no weights, or other weights than its record says."""
-    if record.diverged is not None:
-        raise InputError(f"{folder}: its training diverged at step {record.diverged}, so it has no weights")
+    """Raise InputError if a run has other weights than its record says, or none that can be read."""
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             id_of_file = (file.metadata() or {}).get("id")
@@ -186,8 +173,6 @@ def load_weights(folder: Path, record: Record, make: Callable[[], Made]) -> Made
 
 def load_run_tokenizer(folder: Path, record: Record) -> Tokenizer:
     """Load the tokenizer of a run, which cuts texts as the training did."""
-    if record.diverged is not None:
-        raise InputError(f"{folder}: its training diverged at step {record.diverged}, so it has no tokenizer")
     return load_tokenizer(folder, record.vocab_size, record.arguments.max_length)
 
 
@@ -202,4 +187,4 @@ def read_validation(folder: Path, record: Record) -> Examples:
         labels = [numbers[label] for label in columns["label"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{folder / VALIDATION}: not readable ({error!r:.200})") from None
-    return Examples(first, columns.get("sentence2"), labels, columns.get("difficulty"), groups=columns.get("group"))
+    return Examples(first, columns.get("sentence2"), labels, groups=columns.get("group"))

@@ -36,7 +36,6 @@ class Evaluation:
     exit_counts: list[list[int]]  # (P, K)
     area: float
     examples: int
-    dev_digest: str
     seconds: float
     device: str
     precision: str
@@ -69,8 +68,7 @@ def sweep(folds: Folds, outputs: Outputs, thresholds: list[float]) -> tuple[dict
     Returns a dictionary of fields of `Evaluation` (exit_scores to area), and the exits taken, (P, N).
     """
     K, N, _ = outputs.logits.shape
-    labels = outputs.labels.numpy()
-    metric = outputs.metric
+    labels, metric = outputs.labels.numpy(), outputs.metric
     taken, costs = np.empty((len(thresholds), N), dtype=np.int64), np.empty((len(thresholds), N))
     predictions = outputs.logits.argmax(-1).numpy()  # (K, N)
     for rule, rows in folds:

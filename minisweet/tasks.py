@@ -79,8 +79,8 @@ def load_examples(name: str, split: str, data_dir: Path) -> Examples:
     """Read the split "train" or "dev" of a task. Raises InputError, naming the line, for what cannot be read."""
     task = find_task(name, data_dir)
     if name == "toy":
-        first, labels, difficulties = make_toy(split)
-        return Examples(first, None, labels, difficulties)
+        first, labels, _ = make_toy(split)
+        return Examples(first, None, labels)
     path = Path(data_dir) / task.folder / task.files[("train", "dev").index(split)]
     codes = [str(index) for index in range(len(task.labels))] if task.numbered else list(task.labels)
     rows, labels, empty = [], [], 0

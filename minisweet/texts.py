@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,6 @@ class Examples(NamedTuple):
     first: list[str]
     second: list[str] | None  # None for single sentences
     labels: list[int] | None  # class indices, -1 for a row without a label; None if no row has one
-    difficulties: list[str] | None = None  # of the toy task
     names: list[str | None] | None = None  # labels as they are written; this and `groups` are for classifier/ alone
     groups: list[str | None] | None = None  # what a row belongs to, such as a thread; None for a row by itself
     empty: int = 0  # how many rows without text were skipped
@@ -49,12 +47,6 @@ class Examples(NamedTuple):
     def texts(self) -> list:
         """The sentence of each row, or its pair of sentences."""
         return self.first if self.second is None else list(zip(self.first, self.second, strict=True))
-
-    def digest(self) -> str:
-        """The SHA-256 of texts and labels, in hexadecimal."""
-        labels: Sequence[int | None] = self.labels or [None] * len(self.first)
-        rows = zip(self.texts(), labels, strict=True)
-        return hashlib.sha256(b"".join(json.dumps(row).encode() + b"\n" for row in rows)).hexdigest()
 
 
 def read_lines(path: Path) -> Iterator[list[str]]:

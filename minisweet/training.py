@@ -20,8 +20,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from minisweet import fast
 from minisweet.base.commands import progress
+from minisweet.base.files import InputError
 from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.texts import Batch, Texts
+
+DIVERGED = "at {:g} the loss became infinite or NaN at step {}; try a lower one"
 
 
 def fine_tune(
@@ -48,7 +51,7 @@ def fine_tune(
         precision: the type to autocast to; None means float32.
         title: the title of the progress bar.
 
-    Raises FloatingPointError(step) if a loss is not finite, or if a parameter is not finite after training.
+    Raises InputError if a loss is infinite or NaN, or a parameter after training.
     """
     model.to(device).train()
     steps = epochs * -(-len(texts) // batch_size)
@@ -67,7 +70,7 @@ def fine_tune(
             optimizer.zero_grad()
             losses.append(compute_gradients(model, batch, scaler, precision).tolist())
             if not np.isfinite(losses[-1]).all():
-                raise FloatingPointError(step + 1)
+                raise InputError(DIVERGED.format(learning_rate, step + 1), "lr")
             scaler.unscale_(optimizer)
             clip_grad_norm_(parameters, 1.0)
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
@@ -75,7 +78,7 @@ def fine_tune(
             scaler.update()
             bar.set_postfix_str("loss " + ", ".join(f"{loss:.2f}" for loss in losses[-1]), refresh=False)
         if not all(parameter.isfinite().all() for parameter in parameters):  # the last update, which no loss has seen
-            raise FloatingPointError(steps)
+            raise InputError(DIVERGED.format(learning_rate, steps), "lr")
     model.cpu()
     return losses
 

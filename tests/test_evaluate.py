@@ -1,7 +1,6 @@
 """The cross-fitted sweep, and evaluate.py as a command."""
 
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from minisweet.outputs import Outputs, read_outputs
 from minisweet.run import load_run_tokenizer, read_record, read_validation
 from minisweet.sweep import crossfit, spaced_thresholds, sweep
 from minisweet.texts import Texts
-from minisweet.toy import LEVELS
 
 
 @pytest.fixture
@@ -66,7 +64,6 @@ def test_an_evaluation_is_whole_and_the_same_again_and_what_is_saved_is_read(cop
     assert curve.items() <= after.items()
     assert f"\n{1:9.3f}{after['scores'][-1]:8.1f}{after['speedup_ratios'][-1]:15.3f}" in out
     assert f"to answer new texts: python evaluate.py '{folder}' --predict" in out
-    assert len(re.findall(f"^({'|'.join(LEVELS)}) +[0-9.]+$", out, re.MULTILINE)) == 4
     assert ("predicts one class for all rows" in out) == (1 in after["exit_answers"])
 
 

@@ -44,19 +44,18 @@ def options_of(command: list[str]) -> dict:
     return {name[2:]: kind(typed[name]) for name, kind in read.items() if name in typed}
 
 
-def fake_run(folder: Path, options: dict, area: float | None) -> None:
-    """Write the files of a run of the toy task that reports read. Exits have `area` as their score; None diverged."""
+def fake_run(folder: Path, options: dict, area: float) -> None:
+    """Write the files of a run of the toy task that reports read. Exits have `area` as their score."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = {name: options[name] for name in ("method", "lr", "seed")}
     arguments |= {"model": "tiny", "pooling": "cls", "exit_strategy": "confidence", "train_size": 32}
     arguments["epochs"] = options.get("epochs")
     record = {"arguments": arguments, "task": "toy", "metric": "accuracy", "precision": "torch.float32", "seconds": 9.5}
-    (folder / "run.json").write_text(json.dumps(record | {"diverged": 3 if area is None else None}))
+    (folder / "run.json").write_text(json.dumps(record))
     curve = {"speedup_ratios": [0.25, 0.5, 1.0], "scores": [area] * 3, "area": area}
     exits = {"exit_layers": [1, 4], "exit_scores": [area] * 2, "exit_answers": [1, 2]}
-    if area is not None:
-        (folder / "evaluation.json").write_text(json.dumps(curve | exits))
-        (folder / "validation.jsonl").write_text('{"label": "a"}\n{"label": "b"}\n')
+    (folder / "evaluation.json").write_text(json.dumps(curve | exits))
+    (folder / "validation.jsonl").write_text('{"label": "a"}\n{"label": "b"}\n')
 
 
 @pytest.mark.slow
@@ -83,8 +82,8 @@ def test_scripts_are_started_as_they_are_typed_and_what_is_there_is_not_made_aga
 
 
 def test_the_search_comes_first_and_runs_that_do_not_converge_are_repeated(grid, monkeypatch):
-    """On two rates. An area that is None is of a run that diverges; 50 is that of the most frequent class."""
-    areas = {"ee": {1e-3: 60, 1e-2: 70}, "sweet": {1e-3: None, 1e-2: 55}, "mm": {1e-3: 51, 1e-2: 52}}
+    """On two rates. An area of 50 is that of the most frequent class."""
+    areas = {"ee": {1e-3: 60, 1e-2: 70}, "sweet": {1e-3: 50, 1e-2: 55}, "mm": {1e-3: 51, 1e-2: 52}}
     words = ["--methods", "ee,sweet,mm", "--lrs", "1e-3,1e-2", "--seeds", "0,1,2"]
     made = []
 
@@ -115,9 +114,11 @@ def test_the_search_comes_first_and_runs_that_do_not_converge_are_repeated(grid,
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(grid, monkeypatch):
+    """Also at one rate of the search: the others choose."""
+
     def pretend(command: list[str]) -> SimpleNamespace:
         options = options_of(command)
-        if options.get("method") == "sweet":
+        if options.get("method") == "sweet" and options["lr"] < 1:
             fake_run(options["out"], options, 60.0)
         return SimpleNamespace(returncode=0)
 
@@ -125,6 +126,9 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(grid, monkeypatch):
     status, out, err, _ = grid("--methods", "ee,sweet", "--seeds", "0", "--lrs", "1e-3")
     assert err.splitlines()[-1].endswith("1 runs failed, see their messages above: tiny-cls-ee-toy-lr0.001-n32-seed0")
     assert (status, "of 1 runs; 1 missing" in out) == (2, True)
+    status, out, err, _ = grid("--methods", "sweet", "--seeds", "0,1", "--lrs", "1e-3,2")
+    assert err.splitlines()[-1].endswith("1 runs failed, see their messages above: tiny-cls-sweet-toy-lr2-n32-seed0")
+    assert (status, "of 2 runs; 1 missing" in out) == (2, True)
     status, out, err, _ = grid("--methods", "ee", "--seeds", "0", "--lrs", "1e-3")  # none has a score
     assert (status, "runs failed" in err, "of 0 runs; 1 missing" in out) == (2, True, True)
     status, _, err, _ = grid("--methods", "sweet", "--seeds", "0", "--lrs", "1e-3", "--epochs", "7")

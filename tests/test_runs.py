@@ -19,7 +19,7 @@ from minisweet.tasks import PAPER_STEPS, TASKS, Task
 from minisweet.texts import Examples, Texts, load_tokenizer
 from tests.conftest import random_batch, refused, undecided_model, write_model
 
-ROWS = Examples(["the film", 'a "bad"\n\u2028 film'], None, [1, 0], ["one polar word", "contrast"])
+ROWS = Examples(["the film", 'a "bad"\n\u2028 film'], None, [1, 0])
 
 
 @pytest.mark.parametrize("strategy", ["confidence", "lte"])

@@ -77,6 +77,7 @@ class Given(NamedTuple):
 class Source(NamedTuple):
     """What the training starts from, and the options that follow from it."""
 
+    options: FitOptions
     folder: Path
     config: Config
     trunk: Trunk | None
@@ -92,18 +93,18 @@ def train(options: FitOptions, given: Given) -> Trained:
     Raises InputError if model, data and options do not fit, or training diverges.
     """
     source = start_from(options)
-    split = split_data(options, given, source)
+    split = split_data(given, source)
     torch.manual_seed(options.seed)
     trunk = source.trunk
     model = trunk.model if trunk else with_linear_head(load_encoder(source.folder, pooling="mean"), len(split.labels))
     embeddings = model.encoder.word_embeddings.weight.detach().clone()  # (V, D), before they are trained
-    record, about = start_record(options, given, source, split)
+    record, about = start_record(given, source, split)
     started = time.perf_counter()
     if trunk:
         LOG.info("no layer is trained: the trunk stays as it is")
     else:
-        record.losses.update(train_model(options, model, split, source))
-    bag = train_bag(options, model, split, embeddings, source)
+        record.losses.update(train_model(model, split, source))
+    bag = train_bag(model, split, embeddings, source)
     seconds = round(time.perf_counter() - started, 1)
     LOG.info("trained in %.0f s", seconds)
     record = replace(record, id=weights_id(model), seconds=seconds)
@@ -123,17 +124,18 @@ def start_from(options: FitOptions) -> Source:
     max_length = options.max_length or length or MAX_LENGTH
     tokenizer = load_tokenizer(folder, config.vocab_size, max_length, config.max_tokens)
     lr = options.lr or (1e-4 if config.hidden_size <= SMALL else 5e-5)  # minisweet/tried.md
-    return Source(folder, config, trunk, tokenizer, lr, options.batch_size or default_batch_size(config), max_length)
+    batch_size = options.batch_size or default_batch_size(config)
+    return Source(options, folder, config, trunk, tokenizer, lr, batch_size, max_length)
 
 
-def split_data(options: FitOptions, given: Given, source: Source) -> Split:
+def split_data(given: Given, source: Source) -> Split:
     """Tokenise and split the rows, and tell what is noticed about them."""
     parts = [part for part in (given.rows, given.unlabelled, given.validation) if part]
     labels = source.trunk.labels if source.trunk else classes_of(given.rows.names or [])
     examples, count = joined(*parts), len(given.validation.first) if given.validation else 0
-    numbers = class_numbers(examples.names or [], labels, options.trunk)
+    numbers = class_numbers(examples.names or [], labels, source.options.trunk)
     texts = Texts(source.tokenizer, examples._replace(labels=numbers.tolist()))
-    split = split_rows(given.name, texts, labels, count, options.dev_size)
+    split = split_rows(given.name, texts, labels, count, source.options.dev_size)
     if given.unlabelled and given.unlabelled.first and not len(split.unlabelled):
         raise InputError("no text is left: all of them are also labelled, or set aside", "unlabelled")
     if not examples.groups:  # whoever names groups knows what belongs together
@@ -146,9 +148,9 @@ def split_data(options: FitOptions, given: Given, source: Source) -> Split:
     return split
 
 
-def start_record(options: FitOptions, given: Given, source: Source, split: Split) -> tuple[Record, FitRecord]:
+def start_record(given: Given, source: Source, split: Split) -> tuple[Record, FitRecord]:
     """The record of the training, as far as it is known before."""
-    trunk, texts, depth = source.trunk, split.texts, source.config.num_hidden_layers
+    options, trunk, texts, depth = source.options, source.trunk, split.texts, source.config.num_hidden_layers
     groups, validated = (
         {group for group in texts.examples.take(rows).groups or () if group}
         for rows in (split.learning, split.validating)
@@ -195,34 +197,30 @@ def start_record(options: FitOptions, given: Given, source: Source, split: Split
     return record, about
 
 
-def train_model(options: FitOptions, model: MultiExitModel, split: Split, source: Source) -> dict[str, list]:
+def train_model(model: MultiExitModel, split: Split, source: Source) -> dict[str, list]:
     """The probe, then all layers; and once more if more texts are unlabelled than labelled. Returns the losses."""
-    labelled = split.texts.take(split.labelled)
+    options, labelled = source.options, split.texts.take(split.labelled)
     epochs = options.epochs or epochs_of(len(labelled), source.batch_size)
     vectors = embed(model.encoder.eval().to(choose_device(options.device)), labelled)
     fit_probe(model.cpu().heads[0], vectors, torch.from_numpy(labelled.labels))
-    losses = {"fine-tuning": tune(options, model, labelled, epochs, source, "fine-tuning")}
+    losses = {"fine-tuning": tune(model, labelled, epochs, source, "fine-tuning")}
     if len(labelled) < len(split.unlabelled):
         again = np.sort(np.random.default_rng(0).permutation(split.unlabelled)[:MOST_AGAIN])
         answers = answers_of(options, model, split.texts.take(again))
         known, name = split.texts.take(np.concatenate([split.labelled, again])), "learning from its own answers"
         epochs = options.epochs or EPOCHS_AGAIN
-        losses[name] = tune(options, model, with_answers(known, answers), epochs, source, name)
+        losses[name] = tune(model, with_answers(known, answers), epochs, source, name)
     return losses
 
 
-def tune(options: FitOptions, model: MultiExitModel, texts: Texts, epochs: int, source: Source, title: str) -> list:
+def tune(model: MultiExitModel, texts: Texts, epochs: int, source: Source, title: str) -> list:
     """Train all layers. Returns the losses of each step."""
-    device = choose_device(options.device)
+    options, device = source.options, choose_device(source.options.device)
     precision = choose_precision(options.amp, device, training=True)
     LOG.info("%s: %d epochs, lr %g, %s, %s", title, epochs, source.lr, device_name(device), precision or torch.float32)
-    try:
-        where = options.seed, device, precision
-        losses = fine_tune(model, texts, epochs, source.batch_size, source.lr, *where, title=title)
-        return np.round(losses, 5).tolist()
-    except FloatingPointError as error:
-        message = f"at {source.lr:g} the loss became infinite or NaN at step {error.args[0]}; try a lower one"
-        raise InputError(message, "lr") from None
+    where = options.seed, device, precision
+    losses = fine_tune(model, texts, epochs, source.batch_size, source.lr, *where, title=title)
+    return np.round(losses, 5).tolist()
 
 
 def answers_of(options: FitOptions, model: MultiExitModel, texts: Texts) -> Tensor:
@@ -234,13 +232,11 @@ def answers_of(options: FitOptions, model: MultiExitModel, texts: Texts) -> Tens
     return logits.softmax(-1)
 
 
-def train_bag(
-    options: FitOptions, model: MultiExitModel, split: Split, embeddings: Tensor, source: Source
-) -> NgramExit:
+def train_bag(model: MultiExitModel, split: Split, embeddings: Tensor, source: Source) -> NgramExit:
     """A bag of words that learns the labels, and the model's answers to texts without one."""
     learned = split.texts.take(split.learning)
     if len(split.unlabelled):
-        learned = with_answers(learned, answers_of(options, model, split.texts.take(split.unlabelled)))
+        learned = with_answers(learned, answers_of(source.options, model, split.texts.take(split.unlabelled)))
     bag = NgramExit(source.config.vocab_size, len(split.labels), special_ids(source.tokenizer))
     chunks = np.array_split(np.arange(len(learned)), -(-len(learned) // 256))
     batches = [learned.batch(rows).inputs[:2] for rows in chunks]

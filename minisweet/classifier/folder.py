@@ -50,7 +50,7 @@ def load_state(folder: Path, threshold: float | None, device: str, amp: str, bat
     Raises InputError if a file is missing, broken or of another run.
     """
     record, about = read_fit_record(folder)
-    run_id = record.id or ""
+    run_id = record.id
     model, tokenizer = load_model(folder, record, about), load_run_tokenizer(folder, record)
     bag = NgramExit(record.vocab_size, len(record.labels), [])
     bag.load_state_dict(read_tensors(folder / BAG, run_id)[0])
@@ -73,7 +73,7 @@ def load_state(folder: Path, threshold: float | None, device: str, amp: str, bat
 
 def files_of_choice(state: State) -> dict[str, bytes]:
     """The files that `choose` may change, by name: the logits and the operating point."""
-    logits, run_id = state.logits, state.trained.record.id or ""
+    logits, run_id = state.logits, state.trained.record.id
     tensors = {name: torch.tensor(getattr(logits, name)) for name in ("labels", "keys", "units")}
     tensors["logits"] = torch.stack([logits.bag, logits.model])  # (2, N, C)
     point = json_lines(asdict(state.point)).encode()
@@ -90,5 +90,5 @@ def save_choice(folder: Path, state: State) -> None:
 def save_state(out: Path, state: State, overwrite: bool) -> None:
     """Write a whole run to a folder, whole or not at all. An existing run is replaced, or refused."""
     trained, more = state.trained, files_of_choice(state)
-    more[BAG] = to_bytes(trained.bag.state_dict(), {"id": trained.record.id or ""})
+    more[BAG] = to_bytes(trained.bag.state_dict(), {"id": trained.record.id})
     save_run(out, trained.record, trained.model, trained.tokenizer, trained.validation, more, overwrite)

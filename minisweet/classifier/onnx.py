@@ -214,9 +214,7 @@ def export_onnx(out: Path, state: State, int8: bool = False) -> list[str]:
         if 1000 * differ > max(1000, len(tried)) and not int8:
             raise InputError(f"--onnx: not written: {differ} of {len(tried)} answers are not the model's")
         lines = [f"{len(tried):,} validation rows, one by one: {differ:,} answers or exits are not the model's"]
-        lines.append(
-            f"milliseconds per text: {milliseconds:.2f} at the threshold, {full_milliseconds:.2f} at full depth"
-        )
+        lines.append(f"milliseconds per text: {milliseconds:.2f}, and {full_milliseconds:.2f} at full depth")
         describe(file, state, int8)
         new.write_bytes(file.SerializeToString())
         size = new.stat().st_size / 1e6

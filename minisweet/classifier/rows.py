@@ -126,7 +126,7 @@ def find_column(option: str, path: Path, *choices: str) -> str:
             return choice
     if not columns:
         raise InputError(f"{path}: it has no rows")
-    advice = f"name it with {option}" if option else "name it so in the file"
+    advice = f"name it with {option}"
     advice = ONE_TEXT if {"sentence1", "sentence2"} <= {*columns} or {*choices[0].split(",")} <= {*columns} else advice
     lacking = " or ".join(dict.fromkeys(choices))
     raise InputError(f"{path}: no column {lacking}; it has {preview(columns)}; {advice}")
@@ -174,11 +174,9 @@ def joined(*parts: Examples) -> Examples:
     def values(field: str) -> list:
         return sum((getattr(part, field) or [None] * len(part.first) for part in parts), [])
 
-    groups = values("groups")
-    empty = sum(part.empty for part in parts)
-    return Examples(
-        values("first"), None, None, names=values("names"), groups=groups if any(groups) else None, empty=empty
-    )
+    groups, empty = values("groups"), sum(part.empty for part in parts)
+    rows = Examples(values("first"), None, None, names=values("names"), empty=empty)
+    return rows._replace(groups=groups) if any(groups) else rows
 
 
 # --- Lists in Python

@@ -134,9 +134,7 @@ class State:
             lines.append(
                 f"full depth is no better than the most frequent class ({most:.1f}): the promise is worth nothing"
             )
-        if point.threshold == 1:
-            lines.append("no text leaves early: all run to the last exit")
-        elif not point.share:
+        if not point.share:
             lines.append("all texts leave at exit 0: nothing need be sent to the model")
         left_out = choosers_and_judges(logits, self.trained.record.trained_keys)[2]
         judges = (

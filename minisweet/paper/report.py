@@ -1,8 +1,8 @@
 """From runs to the paper's tables and figures, by way of one file, results.csv.
 
 It has a row for each run and exit (the score of that exit alone, and in how many classes it answers), and for each run
-and share of the layers (the curve's score there, interpolated as in App. A). A run that diverged has a row without a
-score. A mean over tasks is taken seed by seed, so that its deviation is the one over seeds, as in the paper.
+and share of the layers (the curve's score there, interpolated as in App. A). A mean over tasks is taken seed by seed,
+so that its deviation is the one over seeds, as in the paper.
 
 Dimension letters: S seeds, P points (exits, by their layers, or shares of the layers).
 """
@@ -44,7 +44,7 @@ neither method beats the most frequent class; a mean does not count such a task,
 
 
 class Run(NamedTuple):
-    """A run and its evaluation. One that diverged has no exits and no curve."""
+    """A run and its evaluation."""
 
     model: str
     task: str
@@ -56,7 +56,7 @@ class Run(NamedTuple):
     pooling: str  # what an exit reads: "cls" or "mean"
     exits: dict[int, tuple[float, int]]  # by layer: the score, and how many classes the exit predicts
     shares: dict[Fraction, float]  # the curve's scores
-    area: float  # under the curve; NaN where the training diverged
+    area: float  # under the curve
     constant: float  # what the most frequent class scores
     precision: str
     seconds: float  # of training; NaN where the file has none
@@ -65,7 +65,7 @@ class Run(NamedTuple):
     @property
     def converged(self) -> bool:
         """Whether the last exit predicts several classes, and beats the most frequent one."""
-        score, classes = self.exits[max(self.exits)] if self.exits else (0.0, 0)
+        score, classes = self.exits[max(self.exits)]
         return classes > 1 and round(score, 4) > round(self.constant, 4)  # as the CSV has them
 
     def score(self, point: int | Fraction) -> float:
@@ -81,24 +81,20 @@ def run_of(folder: Path, commit: str = "") -> Run:
     """What train.py and evaluate.py wrote of a run."""
     record = read_json(folder / RECORD)
     options = record["arguments"]
-    exits, shares = {}, {}
-    area, constant = np.nan, 0.0
-    if record["diverged"] is None:
-        found = read_json(folder / EVALUATION)
-        of_exits = zip(found["exit_scores"], found["exit_answers"], strict=True)
-        exits = dict(zip(found["exit_layers"], of_exits, strict=True))
-        curve = np.round(found["speedup_ratios"], 9), found["scores"]
-        area = found["area"]
-        scores = np.interp(np.round(np.array(SHARES, float), 9), *curve, left=np.nan, right=np.nan).tolist()
-        shares = {share: score for share, score in zip(SHARES, scores, strict=True) if not np.isnan(score)}
-        if record["metric"] != "matthews":
-            rows = map(json.loads, (folder / VALIDATION).read_text(encoding="utf-8").splitlines())
-            answers = Counter(row["label"] for row in rows)
-            constant = 100 * max(answers.values()) / answers.total()
+    found, constant = read_json(folder / EVALUATION), 0.0
+    of_exits = zip(found["exit_scores"], found["exit_answers"], strict=True)
+    exits = dict(zip(found["exit_layers"], of_exits, strict=True))
+    curve = np.round(found["speedup_ratios"], 9), found["scores"]
+    scores = np.interp(np.round(np.array(SHARES, float), 9), *curve, left=np.nan, right=np.nan).tolist()
+    shares = {share: score for share, score in zip(SHARES, scores, strict=True) if not np.isnan(score)}
+    if record["metric"] != "matthews":
+        rows = map(json.loads, (folder / VALIDATION).read_text(encoding="utf-8").splitlines())
+        answers = Counter(row["label"] for row in rows)
+        constant = 100 * max(answers.values()) / answers.total()
     key = [options[name] for name in ("method", "exit_strategy", "train_size", "lr", "seed")]
     key = [Path(os.path.realpath(options["model"])).name, record["task"], *key, options.get("pooling") or "cls"]
     precision = record["precision"].removeprefix("torch.")
-    return Run._make([*key, exits, shares, area, constant, precision, record["seconds"], commit])
+    return Run._make([*key, exits, shares, found["area"], constant, precision, record["seconds"], commit])
 
 
 def read_runs(path: Path) -> list[Run]:
@@ -128,7 +124,7 @@ def write_runs(path: Path, runs: Sequence[Run]) -> None:
             last = [f"{run.area:.4f}", f"{run.constant:.4f}", run.precision, seconds, run.commit]
             rows = [[layer, "", f"{score:.4f}", classes] for layer, (score, classes) in run.exits.items()]
             rows += [["", share, f"{score:.4f}", ""] for share, score in run.shares.items()]
-            writer.writerows([*run[:5], rate_text(run.rate), *run[6:8], *row, *last] for row in rows or [[""] * 4])
+            writer.writerows([*run[:5], rate_text(run.rate), *run[6:8], *row, *last] for row in rows)
 
 
 def rate_text(rate: float) -> str:
@@ -141,17 +137,16 @@ def counted(runs: Sequence[Run], seeds: Sequence[int]) -> dict[int, Run]:
     """The runs of a task, method and rate by the seed that they count for.
 
     One that did not converge gives its place to the next run with a further seed that did, as in the paper (Sec. 4.2).
-    Where there is none it keeps its place, if it has any score.
+    Where there is none it keeps its place.
     """
     found = {run.seed: run for run in runs}
     spare = iter(sorted(seed for seed, run in found.items() if seed > max(seeds) and run.converged))
-    kept = {n: found[n] if found[n].converged else found[next(spare, n)] for n in seeds if n in found}
-    return {seed: run for seed, run in kept.items() if run.exits}
+    return {n: found[n] if found[n].converged else found[next(spare, n)] for n in seeds if n in found}
 
 
 def best_rate(runs: Sequence[Run], seed: int) -> float | None:
     """The rate with the largest area on a seed, of the runs of a task and method (App. A); None where none has one."""
-    areas = {run.rate: run.area for run in runs if run.seed == seed and not np.isnan(run.area)}
+    areas = {run.rate: run.area for run in runs if run.seed == seed}
     return max(areas, key=areas.__getitem__, default=None)
 
 

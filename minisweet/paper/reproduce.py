@@ -36,9 +36,9 @@ TYPED = (
 )  # the same for all runs
 Slot = namedtuple("Slot", ("task", "method", "lr", "seed"))  # one training
 NOTES = """
-Each rate has the largest area on the first seed, measured on the rows that are scored. A run that did not converge (it
-diverged, or its last exit is no better than the most frequent class) stays in results.csv; in the tables the first run
-with a further seed that converged takes its place, and is paired like it.
+Each rate has the largest area on the first seed, measured on the rows that are scored. A run that did not converge (its
+last exit is no better than the most frequent class) stays in results.csv; in the tables the first run with a further
+seed that converged takes its place, and is paired like it. A run that failed, as at a rate too large, has none.
 """
 
 
@@ -57,6 +57,7 @@ class Grid:
         self.args = args
         self.pairs = list(product(args.tasks, args.methods))
         self.complete: dict[Slot, report.Run] = {}
+        self.failed: set[Slot] = set()
 
     def folder(self, slot: Slot) -> Path:
         """The run's folder, whose name tells the runs of a grid apart."""
@@ -65,14 +66,14 @@ class Grid:
         return self.args.runs / name
 
     def run(self, slot: Slot) -> report.Run | None:
-        """A run that is evaluated, or diverged; None if there is none. Raises InputError if it has other options."""
+        """A run that is evaluated; None if there is none. Raises InputError if it has other options."""
         folder = self.folder(slot)
         if slot not in self.complete and is_run(folder):
             record = read_json(folder / RECORD)
             for name in TYPED[:-2]:  # not device and amp
                 if (wanted := getattr(self.args, name)) not in (None, trained := record["arguments"].get(name, wanted)):
                     raise InputError(f"{folder} was trained with {trained}, not {wanted}; name another --out", name)
-            if record["diverged"] is not None or (folder / EVALUATION).exists():
+            if (folder / EVALUATION).exists():
                 self.complete[slot] = report.run_of(folder)
         return self.complete.get(slot)
 
@@ -85,16 +86,20 @@ class Grid:
 
         Empty until the search is complete.
         """
-        searched = [run for slot in self.search(pair) if (run := self.run(slot))]
-        seeds = self.args.seeds
-        if len(searched) < len(self.args.lrs) or (rate := report.best_rate(searched, seeds[0])) is None:
+        search, seeds = self.search(pair), self.args.seeds
+        rate = report.best_rate([run for slot in search if (run := self.run(slot))], seeds[0])
+        if rate is None or not self.are_tried(search):
             return []
         slots = [Slot(*pair, rate, seed) for seed in [*seeds, *range(max(seeds) + 1, max(seeds) + 1 + FURTHER)]]
         for count in range(len(seeds), len(slots)):
             runs = [run for slot in slots[:count] if (run := self.run(slot))]
-            if len(runs) < count or sum(run.converged for run in runs) >= len(seeds):
+            if not self.are_tried(slots[:count]) or sum(run.converged for run in runs) >= len(seeds):
                 return slots[:count]
         return slots
+
+    def are_tried(self, slots: list[Slot]) -> bool:
+        """Whether all of some runs are complete, or have failed."""
+        return all(self.run(slot) or slot in self.failed for slot in slots)
 
     def missing(self) -> list[Slot]:
         """The runs that are not complete, the search first."""
@@ -178,12 +183,11 @@ def main(words: list[str]) -> None:
         return
     for folder in (args.runs, args.out):
         folder.mkdir(parents=True, exist_ok=True)  # an error comes now, and not after hours of training
-    failed: list[Slot] = []
-    while todo := [slot for slot in grid.missing() if slot not in failed]:
+    while todo := [slot for slot in grid.missing() if slot not in grid.failed]:
         LOG.info("%s (%d to go)", grid.folder(todo[0]).name, len(todo))
         grid.make(todo[0])
         if not grid.run(todo[0]):
-            failed.append(todo[0])  # the others go on
+            grid.failed.add(todo[0])  # the others go on
     grid.write()
-    if names := ", ".join(grid.folder(slot).name for slot in failed):
-        raise InputError(f"{len(failed)} runs failed, see their messages above: {names}")
+    if names := ", ".join(sorted(grid.folder(slot).name for slot in grid.failed)):
+        raise InputError(f"{len(grid.failed)} runs failed, see their messages above: {names}")
