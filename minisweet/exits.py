@@ -22,8 +22,8 @@ share a pooler, and the gradients of all exits reach DeBERTa's table of relative
 pooler, and the first exit alone updates the table. As in the authors' code, the gradients of all exits are clipped
 together: a large gradient scales down the others but keeps their direction.
 
-An exit reads what its encoder has learned to give: the paper's BERT and DeBERTa [CLS], the sentence encoders MiniLM and
-MPNet the mean of their tokens (`Config.pooling`).
+An exit reads the output that its encoder was trained for (`Config.pooling`): [CLS] in BERT and DeBERTa, as in the
+paper, and the mean of the tokens in the sentence encoders MiniLM and MPNet.
 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
@@ -82,7 +82,7 @@ class ExitHead(nn.Module):
         self.to(encoder.word_embeddings.weight)  # the encoder's device and type
 
     def forward(self, x: Tensor) -> ExitOutput:
-        """What `pool` gives, (B, D), to logits (B, C) and certainty (B,) or None."""
+        """Map what `pool` gives, (B, D), to logits (B, C) and certainty (B,) or None."""
         pooled = self.activation(self.pooler(self.pooler_dropout(x)))  # (B, D)
         certainty = None if self.lte is None else self.lte(pooled)[:, 0].float().sigmoid()
         return self.classifier(self.dropout(pooled)), certainty
@@ -123,7 +123,7 @@ class ExitModel(nn.Module):
 
     @property
     def models_alone(self) -> "list[MultiExitModel]":
-        """The models with an encoder of their own that this one consists of, the smallest first."""
+        """The models inside this one, each with an encoder of its own, the smallest first."""
         raise NotImplementedError
 
     def forward(
@@ -131,9 +131,9 @@ class ExitModel(nn.Module):
     ) -> Tensor:
         """The logits of all exits, (K, B, C).
 
-        The arguments are (B, T), int64. `attention_mask` is 1 for tokens (the default) and 0 for padding, which must
-        come last: elsewhere it raises ValueError. `token_type_ids` is 0 in the first sentence (the default) and 1 in
-        the second.
+        The arguments are (B, T), int64. `attention_mask` is 1 for tokens (the default) and 0 for padding. Raises
+        ValueError if padding is not last. `token_type_ids` is 0 in the first sentence (the default) and 1 in the
+        second.
         """
         return torch.stack([logits for logits, _ in self.exit_by_exit(input_ids, attention_mask, token_type_ids)])
 

@@ -1,7 +1,7 @@
-"""What only makes a CPU faster. Read the other files first: nothing here changes what is computed.
+"""What only makes a CPU faster. Read the other files first: nothing here changes more than the random draws.
 
-Without this file, replace each name by what its docstring names. Training then takes about 1.5 times as long, and other
-random numbers are drawn, from the same distributions.
+Without this file, replace each name by what its docstring names, or leave it out. Training then takes about 1.5 times
+as long, and other random numbers are drawn, from the same distributions.
 
 Dimension letters: B batch, T tokens, H heads, d head size, V words.
 """

@@ -1,7 +1,7 @@
 """How the model of each method is built: SWEET, Early-Exit (EE) and Multi-Model (MM).
 
-Two other places tell the methods apart: where SWEET's gradient stops (exits.py), and when backward() is called
-(training.py).
+The methods also differ in where the gradient stops (exits.py), in when backward() is called (training.py), and in cost
+(adaptive.py).
 """
 
 from collections.abc import Callable, Sequence

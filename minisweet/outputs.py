@@ -46,7 +46,7 @@ class Outputs(NamedTuple):
         )
 
     def decide(self, thresholds: Sequence[float], rule: ExitRule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The exit (from 0) that each text takes at some thresholds, its prediction and its cost: (P, N) each."""
+        """The exit (from 0) that each text takes at each threshold, its prediction and its cost: (P, N) each."""
         confidence = rule.confidences(self.logits, self.certainty)  # (K, N)
         taken = np.stack([exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds])
         predictions = np.take_along_axis(self.logits.argmax(-1).numpy(), taken, axis=0)

@@ -4,7 +4,7 @@
         forward and backward: one backward() per exit, or for EE one on the summed loss
         clip the gradient, step, decay the learning rate
 
-On CUDA, and on CPUs with bfloat16 instructions, matrix products run in half precision (AMP).
+By default train.py uses AMP on CUDA and on CPUs with bfloat16 instructions (devices.py).
 
 Dimension letters: B batch, K exits.
 """

@@ -1,6 +1,6 @@
 """The cascade: a bag of words answers the easy texts, and the model the rest, together with the bag.
 
-Both err on different texts, and the bag's logits are known by then, so they are added to the model's with a weight:
+The two err on different texts, and the bag's logits are already there, so they are added with a weight:
 
     at exit 0         bag / T_0
     at full depth     model / T_1 + w bag / T_0
@@ -70,12 +70,13 @@ class Answers(NamedTuple):
         return self.take(self.is_labelled) if self.is_labelled.any() else self.filled()
 
     def stay_at(self, thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
-        """Whether each text goes on to the model at some thresholds: (M, N). It is also the share of the layers."""
+        """Whether each text goes on to the model at each threshold, (M, N): as 0 or 1, the share of the layers that
+        run."""
         lowest = 1 / self.num_labels
         return np.stack([~leaves(self.confidence, threshold, lowest).numpy() for threshold in thresholds])
 
     def decide_at(self, thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
-        """The answers (M, N) of early exit at some thresholds."""
+        """The answers (M, N) of early exit at each threshold."""
         return np.where(self.stay_at(thresholds), self.full, self.early)
 
 

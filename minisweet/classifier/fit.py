@@ -1,4 +1,4 @@
-"""A training from top to bottom.
+"""Training, from top to bottom.
 
     probe          a logistic regression on the frozen embeddings of the labelled rows, from which the exit starts
     fine-tuning    all layers learn the labels
@@ -114,7 +114,7 @@ def train(options: FitOptions, given: Given) -> Trained:
 def start_from(options: FitOptions) -> Source:
     """Find public weights or a trunk, and fill in what depends on them.
 
-    Raises InputError if the trunk cannot have texts of this length.
+    Raises InputError if `max_length` is not the trunk's, or too long for the model.
     """
     trunk = load_trunk(Path(options.trunk)) if options.trunk else None
     folder = Path(options.trunk) if options.trunk else model_folder(options.model)
@@ -129,7 +129,7 @@ def start_from(options: FitOptions) -> Source:
 
 
 def split_data(given: Given, source: Source) -> Split:
-    """Tokenise and split the rows, and tell what is noticed about them."""
+    """Tokenise and split the rows, and log warnings about them."""
     parts = [part for part in (given.rows, given.unlabelled, given.validation) if part]
     labels = source.trunk.labels if source.trunk else classes_of(given.rows.names or [])
     examples, count = joined(*parts), len(given.validation.first) if given.validation else 0
@@ -149,7 +149,7 @@ def split_data(given: Given, source: Source) -> Split:
 
 
 def start_record(given: Given, source: Source, split: Split) -> tuple[Record, FitRecord]:
-    """The record of the training, as far as it is known before."""
+    """The record of the training, as known before it starts."""
     options, trunk, texts, depth = source.options, source.trunk, split.texts, source.config.num_hidden_layers
     groups, validated = (
         {group for group in texts.examples.take(rows).groups or () if group}

@@ -1,8 +1,8 @@
 """The operating point: the threshold that is deployed, what to expect of it on new text, and the promise in words.
 
 The units of the validation rows, which are texts or groups of texts, are split by a hash. A quarter *chooses*: it fits
-the rule of the cascade, picks the thresholds to try, and decides whether unlabelled texts join the judges. Three
-quarters *judge* the thresholds (promise.py). One text of each group judges.
+the rule of the cascade and picks the thresholds to try. Three quarters *judge* these (promise.py). The numbers of
+judging texts decide whether unlabelled ones join. One text of each group judges.
 """
 
 import math
@@ -92,9 +92,9 @@ def choose(logits: Logits, goal: Goal, known: Collection[int] = (), combines: bo
     """Choose what to deploy, from the logits of the validation rows.
 
     `known` are keys of texts that were trained on. `combines` says whether the bag of words contributes to full depth.
-    If no text judges, the threshold is 1, and what is stated is that of all rows, without intervals.
+    If no text judges, the threshold is 1, and all rows give the numbers, without intervals.
     """
-    # 1. What the choosing texts decide before anyone looks at a judging text.
+    # 1. What is decided before anyone looks at the answers to a judging text.
     choosing, judging, _ = choosers_and_judges(logits, known)
     has_judges = min(len(choosing), len(judging)) > 0
     if not has_judges:
@@ -120,7 +120,7 @@ def choose(logits: Logits, goal: Goal, known: Collection[int] = (), combines: bo
 
 
 def choosers_and_judges(logits: Logits, known: Collection[int] = ()) -> tuple[np.ndarray, np.ndarray, int]:
-    """The rows that choose, the rows that judge, and how many do neither, since a text of their unit is `known`.
+    """The rows that choose, the rows that judge, and how many do neither because a text of their unit is `known`.
 
     Units with a label and units without are split separately.
     """

@@ -3,7 +3,7 @@
 A text is *lost* if full depth, which runs all layers, is right and early exit is wrong. The goal is to lose at most P
 of 100 texts, and to be S% sure of that.
 
-*Judging* texts try thresholds from 1, which is full depth, downwards: the lower, the faster. At each one the exact
+*Judging* texts test thresholds downwards from 1 (full depth); lower is faster. At each one the exact
 binomial test decides whether the goal still holds, and the first failure ends the search. Only texts whose answer early
 exit changes need a label. Without one such a text counts as lost, so that the count is never too low.
 
@@ -11,9 +11,9 @@ Theorem. Model, goal and precision are fixed before anyone looks at a judging te
 independent draws of distinct texts from one source, and none of them was trained on, then at most 100 - S of 100
 validation samples lead to a broken promise: a threshold at which more than P of 100 new texts are lost in the long run.
 
-Proof. On the way down there is a first threshold that is too low. The exact test passes it in at most 100 - S of 100
-samples. In all others the search ends before it, and so takes no threshold that is too low. A missing label only adds
-to the count, so the search goes no lower than with all labels.
+Proof. Take the first threshold on the way down that is too low, if there is one. The exact test passes it in at most
+100 - S of 100 samples. In all others the search stops there or earlier, above it. A missing label only adds to the
+count, so the search goes no lower than with all labels.
 
 This is Learn then Test (Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052) with fixed-sequence testing, which
 MAPIE calls `control_fwer` by "fixed_sequence". For early exits see Jazbec et al. 2024, https://arxiv.org/abs/2405.20915.
@@ -69,7 +69,7 @@ def fixed_sequence(answers: Answers, goal: Goal, thresholds: np.ndarray) -> floa
 
 
 def lost_texts(answers: Answers, thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Whether each text is lost at some thresholds, that is any of its rows: (M, T).
+    """Whether each text, that is, any row of it, is lost at each threshold: (M, T).
 
     A row without a label is lost if early exit changes full depth's answer.
     """
@@ -79,7 +79,7 @@ def lost_texts(answers: Answers, thresholds: Sequence[float] | np.ndarray) -> np
 
 
 def by_text(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The mean over the rows of each distinct text, which have equal keys (N,): (..., N) to (..., T)."""
+    """Average values (..., N) over the rows of each distinct text, which have equal keys (N,): (..., T)."""
     order = keys.argsort(kind="stable")
     _, first, rows = np.unique(keys[order], return_index=True, return_counts=True)  # (T,) each
     return np.add.reduceat(values[..., order].astype(np.float64), first, axis=-1) / rows

@@ -8,7 +8,7 @@ converge is repeated with other seeds: up to three, if its last exit is no bette
 
 Each run is made by train.py and evaluate.py of the clone, with the options that you would type. What is there is not
 made again, so a stopped grid goes on at the next call. Writes results.csv after each run, and results.md and curves.png
-at the end. For a scheduler, --print prints the commands that are missing and can run now, one a line.
+at the end. For a scheduler, --print prints the commands that are missing and can run now, one per line.
 """
 
 import argparse
