@@ -160,4 +160,4 @@ def test_the_classes_of_own_text_and_of_a_trunk(own, caplog):
     sides = own(texts, names, dev=dev, labels=["yes", "other", "no"])
     assert (sides.train.labels.tolist(), sides.validation.labels.tolist()) == ([2, 0], [0, 2])
     error = refused(class_numbers, names, ["LABEL_0", "no"], "it")
-    assert error == "trunk: it does not know the label 'yes'; its labels: LABEL_0, no"
+    assert error == "it does not know the label 'yes' of a row; should be one of LABEL_0, no"

@@ -119,8 +119,7 @@ def _suffix(path: Path) -> str:
 
 def find_column(option: str, path: Path, *choices: str) -> str:
     """The first of the `choices` that is a column of the file. Errors name the option."""
-    first_row = next(read_rows(path), (0, {}))[1]
-    columns = list(first_row) if choices[0] in first_row else all_columns(path)  # a JSON row may lack some
+    columns = all_columns(path)
     for choice in choices:
         if choice in columns:
             return choice

@@ -49,11 +49,8 @@ def class_numbers(names: Sequence[str | None], labels: Sequence[str], trunk: str
     """
     numbers = {name: number for number, name in enumerate(labels)} | {None: -1}
     if unknown := [name for name in names if name not in numbers]:
-        if trunk:
-            message = f"{trunk} does not know the label {unknown[0]!r:.60}; its labels: {preview(labels)}"
-            raise InputError(message, "trunk")
-        message = f"a validation row has the label {unknown[0]!r:.60}, which no other row has"
-        raise InputError(f"{message}; should be one of {preview(labels)}")
+        who = f"{trunk} does not know" if trunk else "no row to learn from has"
+        raise InputError(f"{who} the label {unknown[0]!r:.60} of a row; should be one of {preview(labels)}")
     return np.array([numbers[name] for name in names], dtype=np.int64)
 
 

@@ -222,8 +222,7 @@ def chosen(
         trained.bag.to(device), trained.model.to(device)
         logits = trained.ask(Texts(trained.tokenizer, trained.validation), device, precision)
     point = trained.choose(logits, goal)
-    about = device, precision, batch_size
-    return State(trained, logits, point, in_float32(point.threshold), *about)
+    return State(trained, logits, point, in_float32(point.threshold), device, precision, batch_size)
 
 
 def metric_name(labels: np.ndarray) -> str:
