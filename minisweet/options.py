@@ -33,9 +33,7 @@ class TrainingOptions(CommonOptions):
     )
     exit_strategy: str = option("confidence", one_of(*EXIT_STRATEGIES), "confidence, or lte for learning-to-exit")
     pooling: str | None = option(
-        None,
-        one_of("cls", "mean"),
-        "what exits read: cls, or the mean of the tokens (default: the checkpoint's)",
+        None, one_of("cls", "mean"), "what exits read: cls, or the mean of the tokens (default: the checkpoint's)"
     )
     train_size: int = option(6000, whole_number(1), "training examples, drawn by the seed")
     max_length: int = option(256, whole_number(8), "tokens; longer texts are cut")

@@ -45,7 +45,12 @@ def test_what_is_loaded_is_what_was_saved(own_run, tmp_path):
         ("operating.json", "goal", {"max_lost": 200}, "operating.json: goal: max_lost: 200, should be a number from"),
         ("operating.json", "id", "0", "operating.json: belongs to other weights than the model beside it"),
         ("run.json", "fit", {}, "run.json: fit: head is missing"),
-        ("run.json", "fit", {"head": "pooler"}, "heads.0.pooler.weight is missing and should be"),
+        (
+            "run.json",
+            "fit",
+            {"head": "pooler", "training_groups": [], "validation_groups": []},
+            "heads.0.pooler.weight is missing and should be",
+        ),
         ("run.json", "metric", "f1", "run.json: metric is 'f1', should be one of "),
     ],
 )
@@ -75,5 +80,5 @@ def test_the_summary_tells_who_judges(own_run):
     grouped = lines(units=state.logits.units // 2**10)
     assert "of 160 validation rows judge, one of each text and group; a quarter chooses" in grouped[-2]
     constant = torch.eye(2)[0].expand(160, 2)
-    assert "full depth is no better than the most frequent class" in "".join(lines(bag=constant, model=constant))
-    assert "most frequent class" not in "".join(grouped)
+    assert "full depth is no better than the majority class" in "".join(lines(bag=constant, model=constant))
+    assert "majority class" not in "".join(grouped)

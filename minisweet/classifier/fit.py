@@ -132,6 +132,8 @@ def split_data(given: Given, source: Source) -> Split:
     """Tokenise and split the rows, and log warnings about them."""
     parts = [part for part in (given.rows, given.unlabelled, given.validation) if part]
     labels = source.trunk.labels if source.trunk else classes_of(given.rows.names or [])
+    if not labels:
+        raise InputError(f"{given.name}: no row has a label")
     examples, count = joined(*parts), len(given.validation.first) if given.validation else 0
     numbers = class_numbers(examples.names or [], labels, source.options.trunk)
     texts = Texts(source.tokenizer, examples._replace(labels=numbers.tolist()))
@@ -140,7 +142,6 @@ def split_data(given: Given, source: Source) -> Split:
         raise InputError("no text is left: all of them are also labelled, or set aside", "unlabelled")
     if not examples.groups:  # whoever names groups knows what belongs together
         warn_of_near_duplicates(split.validation, texts.take(split.learning))
-    LOG.info("%s, %d layers", source.folder, source.config.num_hidden_layers)
     LOG.info("%s: %d rows to train on, %d to validate", given.name, len(split.labelled), len(split.validation))
     if examples.empty:
         LOG.warning("empty texts, skipped: %d", examples.empty)
@@ -165,8 +166,8 @@ def start_record(given: Given, source: Source, split: Split) -> tuple[Record, Fi
         set_aside=1.0 if given.validation else options.dev_size,
         trunk=options.trunk,
         dev_size=options.dev_size,
-        trained_groups=sorted({*trained_groups, *groups}),
-        validated_groups=sorted(validated - groups),
+        training_groups=sorted({*trained_groups, *groups}),
+        validation_groups=sorted(validated - groups),
     )
     common = {item.name: getattr(options, item.name) for item in fields(CommonOptions)}
     arguments = TrainingOptions(

@@ -69,7 +69,6 @@ def fit(words: list[str]) -> None:
     check_output(out, args.overwrite)
     classify = EarlyExitClassifier(**vars(options), **vars(goal))
     classify.train_on(read_files(args, name or "texts"))
-    check_output(out, args.overwrite)  # once more, since training takes a while
     save_state(out, classify.state, args.overwrite)
     print_choice(out, classify)
 

@@ -16,7 +16,7 @@ import numpy as np
 from minisweet.adaptive import in_float32
 from minisweet.classifier.cascade import Answers, Logits, Rule, fit_rule
 from minisweet.classifier.promise import Goal, by_text, fixed_sequence, lost_texts, most_lost, texts_needed
-from minisweet.classifier.split import dealt, one_of_each
+from minisweet.classifier.split import UNLABELLED_PER_JUDGE, dealt, one_of_each
 
 CHOOSING = 4  # one in four validation texts chooses, and the rest judge
 Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
@@ -83,8 +83,10 @@ class OperatingPoint:
         needed = texts_needed(self.goal)
         if self.judging_texts >= needed[-1]:
             return f"{problem}: too many of {self.judging_texts:,} texts are lost; allow more"
-        rows = [math.ceil(math.ceil(n * CHOOSING / (CHOOSING - 1)) / set_aside) for n in needed]
-        enough = f"{rows[0]:,} labelled rows if none is lost, {rows[1]:,} if one is, and {rows[2]:,} if two are"
+        labelled = self.labelled_judges == self.judging_texts
+        kind, share = ("labelled rows", set_aside) if labelled else ("rows without a label", 1 / UNLABELLED_PER_JUDGE)
+        rows = [math.ceil(math.ceil(n * CHOOSING / (CHOOSING - 1)) / share) for n in needed]
+        enough = f"{rows[0]:,} {kind} if none is lost, {rows[1]:,} if one is, and {rows[2]:,} if two are"
         return f"{problem}: only {self.judging_texts:,} texts judged. It takes about {enough}"
 
 

@@ -126,7 +126,10 @@ def find_column(option: str, path: Path, *choices: str) -> str:
     if not columns:
         raise InputError(f"{path}: it has no rows")
     advice = f"name it with {option}"
-    advice = ONE_TEXT if {"sentence1", "sentence2"} <= {*columns} or {*choices[0].split(",")} <= {*columns} else advice
+    if option == "--text-columns" and (
+        {"sentence1", "sentence2"} <= {*columns} or {*choices[0].split(",")} <= {*columns}
+    ):
+        advice = ONE_TEXT
     lacking = " or ".join(dict.fromkeys(choices))
     raise InputError(f"{path}: no column {lacking}; it has {preview(columns)}; {advice}")
 
@@ -198,9 +201,13 @@ def label_name(value: object) -> str | None:
 
 def as_list(values: Any, title: str) -> list:
     """A list, an array, or a Series or a frame of one column, as a list of plain values. Errors name the `title`."""
-    array = np.asarray(list(values) if isinstance(values, Iterator) else values, dtype=object)
-    if array.ndim == 2 and array.shape[1] > 1:
-        raise InputError(f"{title}: has {array.shape[1]} columns, should have one, such as df['text']; {ONE_TEXT}")
+    values = values.tolist() if isinstance(values, np.ma.MaskedArray) else values  # None where it is masked
+    if isinstance(values, Iterable) and not (hasattr(values, "__getitem__") or isinstance(values, set | frozenset)):
+        values = list(values)
+    array = np.asarray(values, dtype=object)
+    if array.ndim == 2 and array.shape[1] != 1:
+        advice = f", such as df['text']; {ONE_TEXT}" * (title == "texts")
+        raise InputError(f"{title}: has {array.shape[1]} columns, should have one{advice}")
     if array.ndim not in (1, 2):
         raise InputError(f"{title}: {values!r:.80}, should be a list, such as [text] for one text")
     return [value.item() if isinstance(value, np.generic) else value for value in array.ravel()]

@@ -4,7 +4,7 @@ The bag of words is asked about all texts, and the model about those that stay.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -40,8 +40,8 @@ class FitRecord:
     set_aside: float = 1.0  # the share of the labelled rows that validates; 1 if they come from a file of their own
     trunk: str | None = None  # the run or classifier started from, whose answers stay as they are
     dev_size: float = 0.2
-    trained_groups: list[str] = field(default_factory=list)  # the groups that were learned from
-    validated_groups: list[str] = field(default_factory=list)  # the groups that validate
+    training_groups: list[str]  # the groups that were learned from
+    validation_groups: list[str]  # the groups that validate
 
 
 class Trained(NamedTuple):
@@ -131,16 +131,16 @@ class State:
         support = point.per_class["support"]
         most = 100 * max(support) / max(1, sum(support))
         if metric == ACCURACY and point.full_depth <= most:
-            lines.append(
-                f"full depth is no better than the most frequent class ({most:.1f}): the promise is worth nothing"
-            )
+            lines.append(f"full depth is no better than the majority class ({most:.1f}): the promise is worth nothing")
         if not point.share:
             lines.append("all texts leave at exit 0: nothing need be sent to the model")
         left_out = choosers_and_judges(logits, self.trained.record.trained_keys)[2]
-        judges = (
-            f"{point.judging_texts:,} of {len(logits.labels):,} validation rows judge, one of each text and group; "
+        judges = f"{point.judging_texts:,} of {len(logits.labels):,} validation rows judge, one of each text and group"
+        judges += "; a quarter chooses the thresholds to try" * (point.judging_texts > 0)
+        judges += "; rows without a label do not" * bool(
+            (logits.labels < 0).any() and point.judging_texts == point.labelled_judges
         )
-        judges += "a quarter chooses the thresholds to try" + f"; {left_out:,} were trained on" * bool(left_out)
+        judges += f"; {left_out:,} were trained on" * bool(left_out)
         return "\n".join([*lines, judges, self.promise])
 
     def tokenize(self, texts: Any) -> Texts:
@@ -180,8 +180,8 @@ class State:
             (texts.labels == -2, f"with a label that the model does not know ({preview(unknown)})"),
             (np.isin(texts.keys, record.trained_keys), "that were trained on"),
             (np.isin(texts.keys, self.logits.keys), "that are validation rows, which set the threshold"),
-            (in_groups(rows, about.trained_groups), "in groups that were trained on"),
-            (in_groups(rows, about.validated_groups), "in groups of validation rows"),
+            (in_groups(rows, about.training_groups), "in groups that were trained on"),
+            (in_groups(rows, about.validation_groups), "in groups of validation rows"),
         ):
             if count := int((is_out & left).sum()):
                 reasons.append(f"{count:,} {reason}")

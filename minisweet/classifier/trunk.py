@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from minisweet.base.files import LOG, InputError, read_json
+from minisweet.base.files import InputError, read_json
 from minisweet.checkpoint import load_parts
 from minisweet.classifier.folder import load_model, read_fit_record
 from minisweet.classifier.rows import LabelType
@@ -34,7 +34,7 @@ def load_trunk(folder: Path) -> Trunk:
     """
     if is_run(folder):
         record, about = read_fit_record(folder)
-        model, seen = load_model(folder, record, about), (record.trained_keys, about.trained_groups)
+        model, seen = load_model(folder, record, about), (record.trained_keys, about.training_groups)
         return Trunk(model, record.labels, about.head, about.label_type, *seen, record.arguments.max_length)
     if not folder.is_dir():
         message = f"{folder} is not a folder; should be a run, or a classifier in the Hugging Face layout"
@@ -49,8 +49,6 @@ def load_trunk(folder: Path) -> Trunk:
     problem_type = content.get("problem_type")
     if problem_type not in (wanted, None) or len(labels) < 2:
         raise InputError(f"{path}: {problem_type} with {len(labels)} outputs, should be {wanted} with two or more")
-    if labels == [f"LABEL_{number}" for number in range(len(labels))]:
-        LOG.warning("%s: its labels have no names; write them into id2label of its config.json", folder)
     parts = load_parts(folder, num_labels=len(labels))
     model = MultiExitModel(parts.encoder, (len(parts.encoder.layers),), len(labels))  # its pooler is the checkpoint's
     model.heads[0].get_submodule("classifier").load_state_dict(parts["classifier"].state_dict())

@@ -141,7 +141,8 @@ def counted(runs: Sequence[Run], seeds: Sequence[int]) -> dict[int, Run]:
     """
     found = {run.seed: run for run in runs}
     spare = iter(sorted(seed for seed, run in found.items() if seed > max(seeds) and run.converged))
-    return {n: found[n] if found[n].converged else found[next(spare, n)] for n in seeds if n in found}
+    kept = {n: found[n] if n in found and found[n].converged else found.get(next(spare, n)) for n in seeds}
+    return {n: run for n, run in kept.items() if run}
 
 
 def best_rate(runs: Sequence[Run], seed: int) -> float | None:
