@@ -58,8 +58,8 @@ class Answers(NamedTuple):
 
     def take(self, rows: np.ndarray) -> "Answers":
         """The answers to some texts: their numbers (n,), or whether each one is taken (N,)."""
-        known = self.labels[rows], self.keys[rows], self.units[rows]
-        return Answers(self.confidence[rows], self.early[rows], self.full[rows], *known, self.num_labels)
+        parts = {name: part[rows] for name, part in self._asdict().items() if name != "num_labels"}
+        return self._replace(**parts)
 
     def filled(self) -> "Answers":
         """The same, a missing label replaced by full depth's answer."""
@@ -70,8 +70,7 @@ class Answers(NamedTuple):
         return self.take(self.is_labelled) if self.is_labelled.any() else self.filled()
 
     def stay_at(self, thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
-        """Whether each text goes on to the model at each threshold, (M, N): as 0 or 1, the share of the layers that
-        run."""
+        """Whether each text goes on to the model at each threshold, (M, N). As 0 or 1, the share of the layers."""
         lowest = 1 / self.num_labels
         return np.stack([~leaves(self.confidence, threshold, lowest).numpy() for threshold in thresholds])
 

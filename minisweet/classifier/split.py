@@ -125,7 +125,7 @@ def split_rows(name: str, texts: Texts, labels: Sequence[str], given: int, dev_s
     """
     units = units_of(texts)
     end = len(texts) - given
-    if not labels or not end:
+    if not end:
         raise InputError(f"{name}: no row has a label")
     labelled, unlabelled = np.flatnonzero(texts.labels[:end] >= 0), np.flatnonzero(texts.labels[:end] < 0)
     if given:
