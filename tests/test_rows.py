@@ -97,7 +97,7 @@ def test_columns_as_in_training_and_two_are_refused(tmp_path):
         (None, ["c"], "text"),
     ):
         assert text_column(path, named, trained) == found
-    advice = "join the two texts into one, or train on pairs with train.py"
+    advice = "name one with --text-columns, or join the two texts into one, or train on pairs with train.py"
     assert refused(text_column, path, "a,b") == f"{path}: no column a,b; it has text, a, b; {advice}"
     path = write(tmp_path / "b.csv", [dict.fromkeys(["sentence1", "sentence2"], "t")])
     message = f"{path}: no column text or sentence; it has sentence1, sentence2; {advice}"

@@ -46,9 +46,8 @@ class Answers(NamedTuple):
     confidence: Tensor  # (N,), of exit 0, in float32
     early: np.ndarray  # (N,), the class at exit 0
     full: np.ndarray  # (N,), the class at full depth
-    labels: np.ndarray  # (N,) each, as in `Logits`
-    keys: np.ndarray
-    units: np.ndarray
+    labels: np.ndarray  # (N,), -1 for a text without one
+    keys: np.ndarray  # (N,), as in `Logits`
     num_labels: int  # C
 
     @property
@@ -98,8 +97,7 @@ class Rule(NamedTuple):
         """The answers of both exits."""
         first, last = self.at_exit_0(logits.bag), self.at_full_depth(logits.bag, logits.model)
         classes = first.argmax(-1).numpy(), last.argmax(-1).numpy()
-        known = logits.labels, logits.keys, logits.units
-        return Answers(first.softmax(-1).amax(-1), *classes, *known, num_labels=first.shape[1])
+        return Answers(first.softmax(-1).amax(-1), *classes, logits.labels, logits.keys, first.shape[1])
 
 
 def fit_rule(logits: Logits, combines: bool) -> Rule:

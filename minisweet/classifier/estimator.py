@@ -172,7 +172,8 @@ class EarlyExitClassifier:
         Omitted arguments are the constructor's.
         """
         given = {name: value for name, value in (("max_lost", max_lost), ("sure", sure)) if value is not None}
-        self._state = self.state.choose(replace(self._options(Goal), **given))
+        goal, state = replace(self._options(Goal), **given), self.state
+        self._state = chosen(state.trained, goal, state.device, state.precision, state.logits, state.batch_size)
         return self
 
     @property

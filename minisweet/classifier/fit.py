@@ -219,8 +219,7 @@ def tune(model: MultiExitModel, texts: Texts, epochs: int, source: Source, title
     options, device = source.options, choose_device(source.options.device)
     precision = choose_precision(options.amp, device, training=True)
     LOG.info("%s: %d epochs, lr %g, %s, %s", title, epochs, source.lr, device_name(device), precision or torch.float32)
-    where = options.seed, device, precision
-    losses = fine_tune(model, texts, epochs, source.batch_size, source.lr, *where, title=title)
+    losses = fine_tune(model, texts, epochs, source.batch_size, source.lr, options.seed, device, precision, title=title)
     return np.round(losses, 5).tolist()
 
 

@@ -1,7 +1,6 @@
 """A classifier's folder, a run: load and save its state. RUNS.md lists the files."""
 
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,13 +32,12 @@ def read_fit_record(folder: Path) -> tuple[Record, FitRecord]:
 
 def load_model(folder: Path, record: Record, about: FitRecord) -> MultiExitModel:
     """Load the model of a run, with the head that its record names."""
-    make_encoder = partial(new_encoder, read_config(folder), record.depth)
-    count = len(record.labels)
 
     def make() -> MultiExitModel:
+        encoder = new_encoder(read_config(folder), record.depth)
         if about.head == "linear":
-            return with_linear_head(make_encoder(), count)
-        return MultiExitModel(make_encoder(), (record.depth,), count)
+            return with_linear_head(encoder, len(record.labels))
+        return MultiExitModel(encoder, (record.depth,), len(record.labels))
 
     return load_weights(folder, record, make)
 
@@ -55,20 +53,20 @@ def load_state(folder: Path, threshold: float | None, device: str, amp: str, bat
     bag = NgramExit(record.vocab_size, len(record.labels), [])
     bag.load_state_dict(read_tensors(folder / BAG, run_id)[0])
     tensors, facts = read_tensors(folder / LOGITS, run_id)
-    bag_and_model = tensors.pop("logits")
+    of_bag, of_model = tensors.pop("logits")
     known = {name: tensor.numpy() for name, tensor in tensors.items()}
-    logits = Logits(bag_and_model[0], bag_and_model[1], precision=facts["precision"], **known)
+    logits = Logits(of_bag, of_model, precision=facts["precision"], **known)
     point = read_dataclass(OperatingPoint, folder / OPERATING)
     if point.id != run_id:
         raise InputError(f"{folder / OPERATING}: belongs to other weights than the model beside it")
     place = choose_device(device)
     precision = choose_precision(amp, place)
-    if threshold is None and point.precision != str(precision or torch.float32) and point.threshold < 1:
-        message = "the promise was made in %s, and this is %s: choose again with this --amp"
-        LOG.warning(message, point.precision, precision or torch.float32)
     trained = Trained(record, about, model.to(place), bag.to(place), tokenizer, read_validation(folder, record))
-    threshold = in_float32(point.threshold if threshold is None else threshold)
-    return State(trained, logits, point, threshold, place, precision, batch_size)
+    deployed = in_float32(point.threshold if threshold is None else threshold)
+    state = State(trained, logits, point, deployed, place, precision, batch_size)
+    if threshold is None and point.precision != str(precision or torch.float32) and point.threshold < 1:
+        LOG.warning(state.promise)
+    return state
 
 
 def files_of_choice(state: State) -> dict[str, bytes]:

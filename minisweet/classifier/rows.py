@@ -125,12 +125,8 @@ def find_column(option: str, path: Path, *choices: str) -> str:
             return choice
     if not columns:
         raise InputError(f"{path}: it has no rows")
-    advice = f"name it with {option}"
-    if option == "--text-columns" and (
-        {"sentence1", "sentence2"} <= {*columns} or {*choices[0].split(",")} <= {*columns}
-    ):
-        advice = ONE_TEXT
-    lacking = " or ".join(dict.fromkeys(choices))
+    lacking, advice = " or ".join(dict.fromkeys(choices)), f"name one with {option}"
+    advice += f", or {ONE_TEXT}" * (option == "--text-columns")
     raise InputError(f"{path}: no column {lacking}; it has {preview(columns)}; {advice}")
 
 

@@ -164,12 +164,7 @@ def split_rows(name: str, texts: Texts, labels: Sequence[str], given: int, dev_s
 
 
 def deal_unlabelled(
-    keys: np.ndarray,
-    units: np.ndarray,
-    unlabelled: np.ndarray,
-    learning: np.ndarray,
-    validating: np.ndarray,
-    most: int,
+    keys: np.ndarray, units: np.ndarray, unlabelled: np.ndarray, learning: np.ndarray, validating: np.ndarray, most: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split unlabelled rows (n,): one unit in UNLABELLED_PER_JUDGE validates, but at most `most`, and the others train.
 

@@ -25,7 +25,6 @@ from minisweet.outputs import BATCH_SIZE, run_all
 from minisweet.run import Record
 from minisweet.texts import Examples, Texts
 
-ACCURACY = "accuracy"
 TYPES: dict[LabelType, Any] = {"str": str, "int": int, "float": float, "bool": "True".__eq__}  # names back to labels
 
 
@@ -101,15 +100,11 @@ class State:
         """The labels (C,), of the type that was trained on."""
         return [TYPES[self.trained.about.label_type](name) for name in self.trained.record.labels]
 
-    def choose(self, goal: Goal) -> "State":
-        """The state after another choice. Both exits run again if the logits are of another precision."""
-        return chosen(self.trained, goal, self.device, self.precision, self.logits, self.batch_size)
-
     @property
     def promise(self) -> str:
         """The promise about new text, in words, or why there is none."""
-        if self.point.precision != str(self.precision or torch.float32):
-            return f"the promise was made in {self.point.precision}: choose again in this precision"
+        if self.point.precision != (now := str(self.precision or torch.float32)):
+            return f"the promise was made in {self.point.precision}, and this is {now}: choose again with this --amp"
         if self.threshold != in_float32(self.point.threshold):
             return f"threshold {self.threshold:g} is not the one that was chosen, so nothing is promised"
         return self.point.in_words(self.trained.about.set_aside)
@@ -118,8 +113,7 @@ class State:
         """The scores of the bag of words, early exit and full depth on new texts, and what is promised: some lines."""
         point, logits = self.point, self.logits
         title = "on new texts" if point.judging_texts else "on all validation rows, even if trained on"
-        metric = metric_name(logits.labels)
-        lines = [f"{title:<42}{metric:>12}   95% interval   share of the layers"]
+        lines = [f"{title:<42}{metric_name(logits.labels):>12}   95% interval   share of the layers"]
         for name, score, interval, share in (
             ("a bag of words alone (exit 0)", point.exit_0, point.exit_0_interval, 0.0),
             ("deployed", point.score, point.score_interval, point.share),
@@ -130,16 +124,15 @@ class State:
         lines.append(f"early exit at threshold {point.threshold:.6g}")
         support = point.per_class["support"]
         most = 100 * max(support) / max(1, sum(support))
-        if metric == ACCURACY and point.full_depth <= most:
+        if (logits.labels >= 0).any() and point.full_depth <= most:
             lines.append(f"full depth is no better than the majority class ({most:.1f}): the promise is worth nothing")
         if not point.share:
             lines.append("all texts leave at exit 0: nothing need be sent to the model")
         left_out = choosers_and_judges(logits, self.trained.record.trained_keys)[2]
         judges = f"{point.judging_texts:,} of {len(logits.labels):,} validation rows judge, one of each text and group"
         judges += "; a quarter chooses the thresholds to try" * (point.judging_texts > 0)
-        judges += "; rows without a label do not" * bool(
-            (logits.labels < 0).any() and point.judging_texts == point.labelled_judges
-        )
+        only_labelled = point.judging_texts == point.labelled_judges
+        judges += "; rows without a label do not" * bool(only_labelled and (logits.labels < 0).any())
         judges += f"; {left_out:,} were trained on" * bool(left_out)
         return "\n".join([*lines, judges, self.promise])
 
@@ -227,7 +220,7 @@ def chosen(
 
 def metric_name(labels: np.ndarray) -> str:
     """What the score of texts with these labels (N,) is."""
-    return ACCURACY if (labels >= 0).any() else "agreement with full depth"
+    return "accuracy" if (labels >= 0).any() else "agreement with full depth"
 
 
 def in_groups(rows: Examples, known: Sequence[str]) -> np.ndarray:

@@ -37,8 +37,7 @@ def load_trunk(folder: Path) -> Trunk:
         model, seen = load_model(folder, record, about), (record.trained_keys, about.training_groups)
         return Trunk(model, record.labels, about.head, about.label_type, *seen, record.arguments.max_length)
     if not folder.is_dir():
-        message = f"{folder} is not a folder; should be a run, or a classifier in the Hugging Face layout"
-        raise InputError(message, "trunk")
+        raise InputError(f"{folder} is not a folder; should be a run, or a classifier of Hugging Face", "trunk")
     path = folder / "config.json"
     content = read_json(path)
     names = content.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
