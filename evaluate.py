@@ -135,7 +135,7 @@ def predict(folder: Path, file: Path, threshold: float, device: str = "auto", am
     tokenizer, model = load_run_tokenizer(folder, record), load_model(folder, record).to(place)
     try:
         outputs = read_outputs(folder / LOGITS, record.id)
-    except InputError:  # not evaluated yet, or other weights were
+    except InputError:  # not evaluated yet, or with other weights
         validation = Texts(tokenizer, read_validation(folder, record))
         outputs = ask_all(model, validation, precision, record.metric)
     rule = fit_rule(outputs)

@@ -2,7 +2,7 @@
 
 It divides the logits of an exit by one number (Guo et al. 2017, https://arxiv.org/abs/1706.04599), which does not
 change the exit's predictions. The authors fit the temperatures on the very set that they then score. Here no row is
-scored with a temperature that was fitted on it: the curve is cross-fitted (sweep.py).
+scored with a temperature that was fitted on it: each of five folds uses temperatures of the other four (sweep.py).
 
 Dimension letters: K exits, N instances, C classes.
 """

@@ -189,7 +189,7 @@ class MultiExitModel(ExitModel):
         heads = dict(zip(self.exit_layers, self.heads, strict=True))
         hidden, context = self.encoder.embed(input_ids, token_type_ids), self.encoder.context(mask)  # hidden (B, T, D)
         for n, layer in enumerate(self.encoder.layers, start=1):
-            hidden = layer(hidden, context)  # in EE the losses of all later exits flow back through here
+            hidden = layer(hidden, context)  # in EE the gradients of all later exits flow back through here
             if n in self.exit_layers:
                 stay = yield heads[n](pool(hidden, mask, self.encoder.config.pooling))
                 if n == self.exit_layers[-1]:

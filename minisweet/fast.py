@@ -1,6 +1,6 @@
 """What only makes a CPU faster. Read the other files first: nothing here changes more than the random draws.
 
-Without this file, replace each name by what its docstring names, or leave it out. Training then takes about 1.5 times
+To do without this file, use what a name's docstring says in its place, or nothing. Training then takes about 1.5 times
 as long, and other random numbers are drawn, from the same distributions.
 
 Dimension letters: B batch, T tokens, H heads, d head size, V words.
@@ -45,7 +45,7 @@ class Dropout(nn.Dropout):
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: nn.Dropout) -> Tensor:
     """`F.scaled_dot_product_attention`: three tensors (B, H, T, d) and a bias (B, 1 or H, 1 or T, T) to (B, H, T, d).
 
-    In training on a CPU, plain products let the faster dropout apply.
+    In training on a CPU, plain matrix products are used, to which the faster dropout applies.
     """
     if dropout.training and query.device.type == "cpu":
         scores = (query * query.shape[-1] ** -0.5) @ key.mT + bias  # (B, H, T, T)
@@ -74,7 +74,7 @@ def used_rows(embedding: nn.Embedding, ids: np.ndarray) -> Iterator[Tensor]:
 
 @contextmanager
 def no_initial_weights() -> Iterator[None]:
-    """Make modules without memory and random weights, for a loader that replaces all tensors of their state dicts."""
+    """Make modules without allocating or initialising weights, for a loader that replaces their whole state dicts."""
     with torch.device("meta"), _NoInit():
         yield
 

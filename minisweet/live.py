@@ -1,7 +1,7 @@
 """Live early exit, as in deployment: instances exit as soon as they are confident, and only the rest run on.
 
-A batch shrinks at each exit (`exit_by_exit` in exits.py drops rows). Decisions match those of the sweep, except where
-a confidence is within rounding error of the threshold: 1e-6 in float32, 1e-2 in bfloat16.
+A batch shrinks at each exit (`exit_by_exit` in exits.py drops rows). With the same rule, decisions match those of the
+sweep, except where a confidence is within rounding error of the threshold: 1e-6 in float32, 1e-2 in bfloat16.
 
 Dimension letters: B instances, T tokens, K exits, C classes, R instances of a batch that have not exited.
 """

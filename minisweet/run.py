@@ -97,7 +97,7 @@ def save_run(
     more: Mapping[str, bytes] | None = None,
     overwrite: bool = True,
 ) -> None:
-    """Write a run to a folder, whole or not at all. A run that is there is replaced, or refused without `overwrite`.
+    """Write a run to a folder, whole or not at all. With `overwrite` an existing run is replaced.
 
     The record holds the id of the weights. `more` are further files, by name.
     """

@@ -2,7 +2,7 @@
 
 Your own is a folder NAME with train.tsv and dev.tsv, tab-separated without quotes. Their header names `label` and
 `sentence`, or `label`, `sentence1` and `sentence2`. The classes are the labels of train.tsv. The metric is accuracy. By
-default it is trained for two epochs or the paper's 750 steps, whichever is more.
+default training takes two epochs or the paper's 750 steps, whichever is more.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ class Task(NamedTuple):
     files: tuple[str, str] = ("train.tsv", "dev.tsv")
     metric: Literal["accuracy", "matthews"] = "accuracy"
     epochs: int = 2  # by default, as in the paper
-    steps: int = 0  # by default, as many epochs as make these steps, if `epochs` make fewer
+    steps: int = 0  # the least steps by default: more epochs are run if `epochs` give fewer
 
 
 PAPER_STEPS = 750  # two epochs of 6,000 rows in batches of 16: after far fewer, an exit may still predict one class

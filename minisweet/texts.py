@@ -65,7 +65,7 @@ def read_cells(
     """Yield the number of each line after the header, and its cells in some columns. Those of a blank line are empty.
 
     `header` names all columns if the file has no header line. Raises InputError for a file that cannot be read or lacks
-    a column, and for a line with too many cells or too few. If `may_be_short`, a line with too few has none.
+    a column, and for a line with too many cells or too few. If `may_be_short`, a line with too few yields [].
     """
     lines, first = read_lines(path), 1 if header else 2
     header = header or next(lines, [])

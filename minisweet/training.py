@@ -51,7 +51,7 @@ def fine_tune(
         precision: the type to autocast to; None means float32.
         title: the title of the progress bar.
 
-    Raises InputError if a loss is infinite or NaN, or a parameter after training.
+    Raises InputError if a loss, or a trained parameter, is infinite or NaN.
     """
     model.to(device).train()
     steps = epochs * -(-len(texts) // batch_size)

@@ -201,7 +201,7 @@ def test_words():
     seen = "On 744 of your texts that the model had not seen, early exit lost at most 14 answers that the full model "
     seen += "had right."
     promised = " In the long run at most 3 in 100 new texts like these are lost, 90% sure."
-    scores = " Of 100 labelled ones the full model had 73.7 of 100 right, early exit 75.2."
+    scores = " Of 100 labelled texts the full model got 73.7% right, early exit 75.2%."
     assert point.promise == seen + promised + scores
     assert (replace(point, threshold=1.0).promise, point.in_words(1.0)) == ("", point.promise)
     few = replace(point, threshold=1.0, judging_texts=60, labelled_judges=60)
@@ -225,5 +225,5 @@ def test_the_report_of_each_class_is_that_of_plain_loops(pairs):
 
 def test_macro_f1_is_the_mean_over_the_classes_that_are_there_or_are_answered():
     labels, answers = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 3])
-    rows = Answers(torch.ones(4), answers, answers, labels, np.arange(4), np.arange(4), num_labels=5)
+    rows = Answers(torch.ones(4), answers, answers, labels, np.arange(4), num_labels=5)
     assert measure(0.5, rows)["macro_f1"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)

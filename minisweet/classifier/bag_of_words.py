@@ -178,7 +178,7 @@ def fit_weights(features: Features, scale: float, targets: Tensor) -> tuple[Tens
 
 
 def minimize(loss: Callable[[], Tensor], variables: list[Tensor], steps: int, history: int = 10) -> None:
-    """Minimize a loss in place, by at most so many steps of L-BFGS, of which it remembers the last ones (`history`)."""
+    """Minimize a loss in place, with at most `steps` steps of L-BFGS, which keeps the last `history` updates."""
 
     def with_gradients() -> Tensor:
         value = loss()

@@ -56,7 +56,7 @@ class Answers(NamedTuple):
         return self.labels >= 0
 
     def take(self, rows: np.ndarray) -> "Answers":
-        """The answers to some texts: their numbers (n,), or whether each one is taken (N,)."""
+        """The answers to some texts, selected by indices (n,) or by a boolean mask (N,)."""
         parts = {name: part[rows] for name, part in self._asdict().items() if name != "num_labels"}
         return self._replace(**parts)
 
@@ -69,7 +69,7 @@ class Answers(NamedTuple):
         return self.take(self.is_labelled) if self.is_labelled.any() else self.filled()
 
     def stay_at(self, thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
-        """Whether each text goes on to the model at each threshold, (M, N). As 0 or 1, the share of the layers."""
+        """Whether each text goes on to the model at each threshold, (M, N); as 0 or 1, its share of the layers."""
         lowest = 1 / self.num_labels
         return np.stack([~leaves(self.confidence, threshold, lowest).numpy() for threshold in thresholds])
 

@@ -47,7 +47,7 @@ def telling(verbose: bool) -> Iterator[None]:
 
 
 class EarlyExitClassifier:
-    """A text classifier whose easy texts leave before the first layer.
+    """A text classifier that easy texts leave before the first layer.
 
         classify = EarlyExitClassifier(model="minilm-l6", max_lost=3, sure=90).fit(texts, labels)
         classify.predict(["The printer is on fire"])          # array of labels; predict_proba (N, C), classes_, score
@@ -93,7 +93,7 @@ class EarlyExitClassifier:
         self.lr, self.epochs, self.batch_size, self.max_length = lr, epochs, batch_size, max_length
         self.device, self.amp, self.verbose = device, amp, verbose
         self.max_lost, self.sure = max_lost, sure
-        self._state: State | None = None  # what answers; it is replaced whole, so that threads share a classifier
+        self._state: State | None = None  # immutable and replaced as a whole, so that threads share a classifier
 
     def get_params(self, deep: bool = True) -> dict:
         """The constructor's arguments by name."""
@@ -158,7 +158,7 @@ class EarlyExitClassifier:
         return self
 
     def train_on(self, given: Given) -> None:
-        """Train, choose, and answer from then on."""
+        """Train, choose, and replace the state."""
         options, goal = self._options(FitOptions), self._options(Goal)
         device = choose_device(options.device)
         self._state = chosen(train(options, given), goal, device, choose_precision(options.amp, device))
@@ -188,8 +188,8 @@ class EarlyExitClassifier:
     def test(self, X: Any, y: Any, *, groups: Any = None) -> dict[str, Any]:
         """Measure early exit on texts X (N) with labels y (N), None where one is missing; see `minisweet test`.
 
-        Texts that were trained on or set the threshold do not count. With `groups` (N), as in `fit`, one text of each
-        new group counts. The keys are those of `operating_point`: score, full_depth, macro_f1 and per_class of the
+        Training and validation texts do not count. With `groups` (N), as in `fit`, one text of each
+        new group counts. Returns fields of `operating_point`: score, full_depth, macro_f1 and per_class of the
         labelled texts (None without any), lost and share of all `judging_texts`.
         """
         state = self.state
@@ -234,7 +234,7 @@ class EarlyExitClassifier:
         amp: str = "auto",
         batch_size: int = 32,
     ) -> "EarlyExitClassifier":
-        """Load a run folder for which something was chosen. Raises InputError if there is none.
+        """Load a run folder with its operating point. Raises InputError if either is missing.
 
         `threshold` is from 0 to 1, None for the one that was chosen. `batch_size` is how many texts run at once.
         """
@@ -254,7 +254,7 @@ class EarlyExitClassifier:
 
     @property
     def state(self) -> State:
-        """What answers. Raises InputError before anything was trained or loaded."""
+        """The state. Raises InputError before anything was trained or loaded."""
         if self._state is None:
             raise InputError("EarlyExitClassifier: not trained yet; call fit, or EarlyExitClassifier.load")
         return self._state

@@ -36,7 +36,7 @@ def explain(state: State, text: str) -> list[tuple[Answer, bool]]:
 
 
 def word_scores(state: State, texts: Texts, row: int) -> tuple[dict[str, float], dict[str, float]]:
-    """What speaks most for exit 0's answer to a text, and for its runner-up: five n-grams each, largest first.
+    """The n-grams that add most to exit 0's answer and to its runner-up: at most five each, largest first.
 
     A number is what a word, or a pair of neighbours "a b", adds to the difference of the two logits, wherever it stands
     in the text.

@@ -42,7 +42,7 @@ from minisweet.texts import Examples, Texts, load_tokenizer, special_ids
 from minisweet.training import fine_tune
 
 EPOCHS, STEPS = 4, 200  # the least epochs and steps of fine-tuning (tried.md)
-# If more texts are unlabelled than labelled, the model also learns its answers to them: the most texts, and the epochs.
+# Self-training, if more texts are unlabelled than labelled: the maximum number of unlabelled texts, and the epochs.
 MOST_AGAIN, EPOCHS_AGAIN = 5000, 2
 MAX_LENGTH = 256  # tokens
 

@@ -65,7 +65,7 @@ def exported(name: str, step: nn.Module, inputs: int) -> GraphProto:
 
 
 class OnTokens(nn.Module):
-    """The model as a function of tokens, without dropout. Attention as in training is fewer nodes than torch's own."""
+    """The model as a function of tokens, without dropout. Training mode selects the attention with fewer nodes."""
 
     def __init__(self, model: MultiExitModel) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Writer:
 
 
 def full_depth(graph: GraphProto, rows: str, first: str, early: str) -> GraphProto:
-    """The inner graph for some rows (M,): the answers `early` (B, C), where those of full depth replace these rows'.
+    """The inner graph: the answers `early` (B, C), with those of some rows (M,) replaced by full depth's.
 
     `first` (B, C) are exit 0's logits. Weights stand in the graph that reads them: ONNX Runtime packs them only there.
     """
@@ -147,9 +147,9 @@ def write_graph(model: MultiExitModel, bag: NgramExit) -> ModelProto:
 def export_graph(model: MultiExitModel, bag: NgramExit, threshold: float, rule: Rule, int8: bool = False) -> ModelProto:
     """The graph of a bag of words and a model, with a rule for their exits. `threshold` is the default of an input.
 
-    With `int8` weights have eight bits, with a scale per column. Seven of them are used: with all, products overflow on
-    processors without VNNI. The bag of words stays as it is: one scale for its whole table would change its answers.
-    Activations have one scale for all that runs at once, so that such a file takes one text at a time.
+    With `int8` weights have eight bits, with a scale per column. Only seven bits are used: with all eight, products
+    overflow on processors without VNNI. The bag of words stays as it is: one scale for its whole table would change its
+    answers. All texts of a batch would share one scale of activations, so that an int8 file takes one text at a time.
     """
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, ExitStack() as after:
         after.callback(logging.disable, logging.root.manager.disable)

@@ -42,7 +42,7 @@ class OperatingPoint:
     exit_0: float  # of the bag of words alone
     exit_0_interval: list[float] | None
     macro_f1: float  # of early exit
-    lost: float  # of the judging texts: early exit changed the answer, and no label says that full depth was wrong
+    lost: float  # of the judging texts: early exit changed the answer, and no label shows full depth to be wrong
     lost_interval: list[float] | None
     share: float  # of the layers that run
     share_interval: list[float] | None
@@ -68,8 +68,8 @@ class OperatingPoint:
         words += f" In the long run at most {self.goal.max_lost:g} in 100 new texts like these are lost,"
         words += f" {self.goal.sure:g}% sure."
         if self.labelled_judges:
-            words += f" Of {self.labelled_judges:,} labelled ones the full model had {self.full_depth:.1f} of 100"
-            words += f" right, early exit {self.score:.1f}."
+            words += f" Of {self.labelled_judges:,} labelled texts the full model got {self.full_depth:.1f}% right,"
+            words += f" early exit {self.score:.1f}%."
         return words
 
     def in_words(self, set_aside: float) -> str:
@@ -94,7 +94,7 @@ def choose(logits: Logits, goal: Goal, known: Collection[int] = (), combines: bo
     """Choose what to deploy, from the logits of the validation rows.
 
     `known` are keys of texts that were trained on. `combines` says whether the bag of words contributes to full depth.
-    If no text judges, the threshold is 1, and all rows give the numbers, without intervals.
+    If no text judges, the threshold is 1, and all rows are scored, without intervals.
     """
     # 1. What is decided before anyone looks at the answers to a judging text.
     choosing, judging, _ = choosers_and_judges(logits, known)
@@ -137,7 +137,7 @@ def choosers_and_judges(logits: Logits, known: Collection[int] = ()) -> tuple[np
 
 
 def thresholds_to_try(choosers: Answers) -> np.ndarray:
-    """About a hundred thresholds in increasing order, (M,). The last one is 1.
+    """At most two hundred thresholds in increasing order, (M,). The last one is 1.
 
     They lie halfway between confidences of the choosing rows, so that rounding seldom changes an answer. At the first,
     just above the lowest confidence, all texts leave at the bag of words, except those without a word that it knows.
@@ -152,9 +152,9 @@ def thresholds_to_try(choosers: Answers) -> np.ndarray:
 def unlabelled_judge(judges: Answers, goal: Goal) -> bool:
     """Whether unlabelled texts judge too, because more texts can leave early then.
 
-    Suppose that full depth is right in half of the answers that early exit changes. If `a` labelled texts judge, of
-    which k may be lost, early exit may change a share k / (a/2) of all answers; and k' / (a/2 + b) if `b` unlabelled
-    ones judge too. Only `a` and `b` decide.
+    Suppose that full depth is right in half of the answers that early exit changes. If `a` labelled texts judge, k may
+    be lost, so that early exit may change a share k / (a/2) of all answers. If `b` unlabelled ones join, k' may be
+    lost: k' / (a/2 + b). Only `a`, `b` and the goal decide.
     """
     a, b = (len(np.unique(judges.keys[there])) for there in (judges.is_labelled, ~judges.is_labelled))
     return most_lost(a + b, goal) * a / 2 > most_lost(a, goal) * (a / 2 + b) or not a

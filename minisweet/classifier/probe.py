@@ -1,6 +1,6 @@
 """The exit of the model: linear on the mean of the tokens. It starts from a logistic regression, the probe.
 
-Public weights know much about texts that fine-tuning on few rows would forget if it began with a head drawn at random.
+Fine-tuning on few rows would destroy much of what public weights hold if it started from a random head.
 So the head is first fitted to the frozen embeddings of the labelled rows, and then all layers train: linear probing,
 then fine-tuning (Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
 

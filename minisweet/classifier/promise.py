@@ -8,15 +8,15 @@ binomial test decides whether the goal still holds, and the first failure ends t
 exit changes need a label. Without one such a text counts as lost, so that the count is never too low.
 
 Theorem. Model, goal and precision are fixed before anyone looks at a judging text. If judging and new texts are
-independent draws of distinct texts from one source, and none of them was trained on, then at most 100 - S of 100
-validation samples lead to a broken promise: a threshold at which more than P of 100 new texts are lost in the long run.
+independent draws of distinct texts from one source, and none of them was trained on, then the promise is broken with a
+probability of at most 1 - S/100. Broken: at the chosen threshold more than P of 100 new texts are lost in the long run.
 
-Proof. Take the first threshold on the way down that is too low, if there is one. The exact test passes it in at most
-100 - S of 100 samples. In all others the search stops there or earlier, above it. A missing label only adds to the
-count, so the search goes no lower than with all labels.
+Proof. Take the first threshold on the way down that is too low, if there is one. The exact test passes it with a
+probability of at most 1 - S/100. Otherwise the search stops there or earlier, above it. A missing label only adds to
+the count, so the search goes no lower than with all labels.
 
-This is Learn then Test (Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052) with fixed-sequence testing, which
-MAPIE calls `control_fwer` by "fixed_sequence". For early exits see Jazbec et al. 2024, https://arxiv.org/abs/2405.20915.
+This is Learn then Test (Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052) with fixed-sequence testing (in
+MAPIE: `control_fwer`, "fixed_sequence"). For early exits see Jazbec et al. 2024, https://arxiv.org/abs/2405.20915.
 """
 
 import math
@@ -62,7 +62,7 @@ def most_lost(texts: int, goal: Goal) -> int:
 
 
 def fixed_sequence(answers: Answers, goal: Goal, thresholds: np.ndarray) -> float:
-    """Go down the thresholds (M,) from 1, stop before the first at which the test fails, and return the last one."""
+    """Test the thresholds (M,) from 1 downwards. Returns the last one before the first that fails, at most 1."""
     lost = lost_texts(answers, thresholds)  # (M, T)
     passes = how_sure(lost.shape[1], lost.sum(1), goal.max_lost / 100) >= goal.sure / 100  # (M,)
     return float(thresholds[max(np.flatnonzero(~passes[:-1]), default=-1) + 1])

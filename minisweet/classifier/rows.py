@@ -89,7 +89,7 @@ def all_columns(path: Path) -> list[str]:
 
 @contextmanager
 def row_writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[[dict], object]]:
-    """Yield a function that writes a row to a file, in the format of its suffix; without a path to stdout, as CSV.
+    """Yield a function that writes a row to a file in the format of its suffix, or without one to stdout, as CSV.
 
     The output is UTF-8, and the file appears at the end, whole. CSV and TSV have these `columns`, and an empty cell
     where a row lacks one. Raises InputError for another suffix.

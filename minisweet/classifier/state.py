@@ -1,4 +1,4 @@
-"""What answers: the state of a classifier, which is never changed but replaced whole.
+"""The state of a classifier, which is immutable and replaced as a whole.
 
 The bag of words is asked about all texts, and the model about those that stay.
 """
@@ -160,8 +160,8 @@ class State:
     def new_texts(self, rows: Examples, source: object) -> tuple[Texts, str]:
         """The rows, tokenised, that may test what was chosen, and a line on those left out: how many, and why.
 
-        These are rows and groups of the training and validation rows, and rows with unknown labels. One text of each
-        group is left. Raises InputError, with the `source` of the rows, if no row is left.
+        Left out are training and validation rows, rows of their groups, and unknown labels. One text of each group is
+        kept. Raises InputError, with the `source` of the rows, if no row is left.
         """
         record, about, names = self.trained.record, self.trained.about, rows.names or []
         numbers: dict[str | None, int] = {name: number for number, name in enumerate(record.labels)} | {None: -1}
@@ -207,7 +207,7 @@ def chosen(
     logits: Logits | None = None,
     batch_size: int = 32,
 ) -> State:
-    """Choose for what was trained, from `logits` for the validation texts if they are of this precision.
+    """Choose an operating point, from the `logits` of the validation texts if these have this precision.
 
     Otherwise both exits run first.
     """

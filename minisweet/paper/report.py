@@ -1,4 +1,4 @@
-"""From runs to the paper's tables and figures, by way of one file, results.csv.
+"""Turns runs into results.csv, and into the paper's tables and figures.
 
 It has a row for each run and exit (the score of that exit alone, and in how many classes it answers), and for each run
 and share of the layers (the curve's score there, interpolated as in App. A). A mean over tasks is taken seed by seed,
@@ -115,7 +115,7 @@ def read_runs(path: Path) -> list[Run]:
 
 
 def write_runs(path: Path, runs: Sequence[Run]) -> None:
-    """Write the CSV of some runs. Scores have four decimals. Runs of other commits keep their order."""
+    """Write runs to a CSV file. Scores have four decimals. Runs that differ only by commit keep their order."""
     with written_beside(path) as new, new.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*KEY, "exit", "share", "score", "classes", *LAST])
@@ -152,12 +152,12 @@ def best_rate(runs: Sequence[Run], seed: int) -> float | None:
 
 
 def common_seeds(chosen: Chosen, tasks: Sequence[str], of: Sequence[str]) -> list[int]:
-    """The seeds that some methods have on all of some tasks."""
+    """The seeds common to all these methods and tasks."""
     return sorted(set.intersection(*(set(chosen.get((task, method), {})) for method in of for task in tasks)))
 
 
 def seed_means(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: Sequence) -> np.ndarray:
-    """The scores of a method (S, P), means over the tasks, of the seeds that ran on all; of two, their difference."""
+    """A method's scores (S, P), averaged over the tasks, for seeds that ran on all; for two methods, the difference."""
     runs = [[chosen.get((task, method), {}) for task in tasks] for method in of]
     seeds = common_seeds(chosen, tasks, of)
     shape = len(of), len(tasks), len(seeds), len(points)
@@ -204,7 +204,7 @@ def row_of(chosen: Chosen, tasks: Sequence[str], method: str, points: Sequence) 
 
 
 def learned(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: Sequence) -> list[str]:
-    """The tasks on which one of some methods beats the most frequent class, in the mean over seeds and points."""
+    """The tasks on which any of these methods beats the most frequent class, on average over seeds and points."""
 
     def beats(task: str, method: str) -> bool:
         constant = next(iter(chosen[task, method].values())).constant
@@ -214,7 +214,7 @@ def learned(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: Seq
 
 
 def compare(chosen: Chosen, tasks: Sequence[str], pair: tuple[str, str], points: Sequence) -> tuple[str, np.ndarray]:
-    """What one method has less another: a cell (see CAPTION), and its value for each seed (S,).
+    """One method minus another: a cell (see CAPTION), and its value for each seed (S,).
 
     The mean over the points and over the tasks on which one of them has learned something. A task with fewer than three
     seeds does not count beside others that have them.
@@ -229,14 +229,14 @@ def compare(chosen: Chosen, tasks: Sequence[str], pair: tuple[str, str], points:
 
 
 def differences(chosen: Chosen, tasks: Sequence[str], pair: tuple[str, str], points: Sequence) -> list[list[str]]:
-    """What one method has less another, by points: the rows of a table, the mean over the tasks and each task."""
+    """One method minus another, by points: the rows of a table, the mean over the tasks and each task."""
     groups = {"**mean**": tasks} if len(tasks) > 1 else {}
     groups |= {named(task): [task] for task in tasks}
     return [[name, *(compare(chosen, its, pair, [point])[0] for point in points)] for name, its in groups.items()]
 
 
 def named(*of: str) -> str:
-    """The name of a task or a method, or of one method less another."""
+    """The name of a task or a method, or of one method minus another."""
     return " − ".join(NAMES.get(name, name) for name in of)
 
 

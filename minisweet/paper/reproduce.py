@@ -6,9 +6,9 @@ The learning rate of each task and method is searched on the first seed: the rat
 speed-accuracy curve wins (App. A). All seeds then run at that rate. As in the paper (Sec. 4.2), a run that did not
 converge is repeated with other seeds: up to three, if its last exit is no better than the most frequent class.
 
-Each run is made by train.py and evaluate.py of the clone, with the options that you would type. What is there is not
-made again, so a stopped grid goes on at the next call. Writes results.csv after each run, and results.md and curves.png
-at the end. For a scheduler, --print prints the commands that are missing and can run now, one per line.
+Each run is made by train.py and evaluate.py of the clone, with the options that you would type. Finished runs are
+skipped, so an interrupted grid resumes at the next call. Writes results.csv after each run, and results.md and
+curves.png at the end. For a scheduler, --print prints the commands of missing runs that can start now, one per line.
 """
 
 import argparse
@@ -38,7 +38,7 @@ Slot = namedtuple("Slot", ("task", "method", "lr", "seed"))  # one training
 NOTES = """
 Each rate has the largest area on the first seed, measured on the rows that are scored. A run that did not converge (its
 last exit is no better than the most frequent class) stays in results.csv; in the tables the first run with a further
-seed that converged takes its place, and is paired like it. A run that failed, as at a rate too large, has none.
+seed that converged takes its place, and is paired like it. Failed runs, as at too high a rate, have no rows.
 """
 
 
@@ -107,7 +107,7 @@ class Grid:
         return [slot for slot in dict.fromkeys(slots) if self.run(slot) is None]
 
     def commands(self, slot: Slot) -> list[list[str]]:
-        """The commands that train and evaluate a run, without what is there."""
+        """The commands that are still needed to train and evaluate a run."""
         args = self.args
         folder = self.folder(slot)
         options = {name: getattr(args, name) for name in TYPED}

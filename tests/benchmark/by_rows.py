@@ -53,10 +53,8 @@ def measure(classify: EarlyExitClassifier, labelled: Examples, more: Examples, t
     classify.fit(labelled.texts(), labelled.labels, unlabelled=more.texts() or None)
     minutes = (time.perf_counter() - started) / 60
     state = classify.state
-    logits = state.trained.ask(state.tokenize(test.texts()), state.device, state.precision)
-    answers = state.point.rule.answers(logits)
+    answers = state.ask(state.tokenize(test.texts()))
     yield row("exit 0", answers.early, 0.0)
-    yield row("model alone", logits.model.argmax(-1).numpy(), 1.0)
     yield row("full depth", answers.full, 1.0, minutes=minutes)
     for goal in (STRICT, GOAL):
         classify.choose(max_lost=goal)

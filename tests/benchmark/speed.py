@@ -13,8 +13,10 @@ import json
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from datetime import date
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,32 +39,32 @@ SIDE = """
 import importlib, json, sys, time
 module, name, arguments = json.loads(sys.argv[1])
 step = getattr(importlib.import_module(module), name)(*arguments)
-for _ in sys.stdin:
+for batch in sys.stdin:
     start = time.perf_counter()
-    answers = step()
+    answers = step(int(batch))
     print(json.dumps([time.perf_counter() - start, answers]), flush=True)
 """
 FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 POINTS = {"full depth": 1.0, "deployed": None}  # thresholds
+BATCHES = {"one_by_one": 1, "in_batches": 32}  # texts at once
+Step = Callable[[int], list]  # answers all texts, so many at once
 
 
-def in_batches(texts: str, batch: int, answer: Callable[[list[str]], list]) -> Callable[[], list]:
-    """What answers the texts of a file in batches, by class and layer (None where there is one exit)."""
+def in_batches(texts: str, answer: Callable[[list[str]], list]) -> Step:
+    """What answers the texts of a file, by class and layer (None where there is one exit)."""
     rows = json.loads(Path(texts).read_text())
-    return lambda: [pair for n in range(0, len(rows), batch) for pair in answer(rows[n : n + batch])]
+    return lambda batch: [pair for n in range(0, len(rows), batch) for pair in answer(rows[n : n + batch])]
 
 
-def ours(texts: str, batch: int, run: str, threshold: float | None) -> Callable[[], list]:
+def ours(texts: str, run: str, threshold: float | None) -> Step:
     """Our classifier, by PyTorch."""
     tune_cpu()
     classify = EarlyExitClassifier.load(run, threshold=threshold)
     names = classify.state.labels
-    return in_batches(
-        texts, batch, lambda part: [(names.index(a.label), a.exit_layer) for a in classify.classify(part)]
-    )
+    return in_batches(texts, lambda part: [(names.index(a.label), a.exit_layer) for a in classify.classify(part)])
 
 
-def theirs(texts: str, batch: int, folder: str, classes: int, words: str) -> Callable[[], list]:
+def theirs(texts: str, folder: str, classes: int, words: str) -> Step:
     """The full model by `transformers`."""
     import transformers
 
@@ -74,10 +76,10 @@ def theirs(texts: str, batch: int, folder: str, classes: int, words: str) -> Cal
         scores = model(**tokenizer(part, padding=True, truncation=True, return_tensors="pt")).logits
         return [(label, None) for label in scores.argmax(-1).tolist()]
 
-    return in_batches(texts, batch, answer)
+    return in_batches(texts, answer)
 
 
-def by_onnx(texts: str, batch: int, file: str, tokenizer: str, threshold: float | None) -> Callable[[], list]:
+def by_onnx(texts: str, file: str, tokenizer: str, threshold: float | None) -> Step:
     """An ONNX file, ours or the exported full model, by ONNX Runtime."""
     import onnxruntime
 
@@ -93,13 +95,13 @@ def by_onnx(texts: str, batch: int, file: str, tokenizer: str, threshold: float 
         layers = more[1].tolist() if more else [None] * len(scores)
         return list(zip(scores.argmax(-1).tolist(), layers, strict=True))
 
-    return in_batches(texts, batch, answer)
+    return in_batches(texts, answer)
 
 
-def rival(texts: str, batch: int, name: str, rows: str) -> Callable[[], list]:
+def rival(texts: str, name: str, rows: str) -> Step:
     """One of RIVALS, which learns some rows: texts, and numbers of labels."""
     answer = fit_rival(name, Examples(*json.loads(Path(rows).read_text())))
-    return in_batches(texts, batch, lambda part: [(n, None) for n in answer(Examples(part, None, None)).tolist()])
+    return in_batches(texts, lambda part: [(n, None) for n in answer(Examples(part, None, None)).tolist()])
 
 
 def export_theirs(folder: str, classes: int, file: str, int8: str) -> None:
@@ -116,27 +118,30 @@ def export_theirs(folder: str, classes: int, file: str, int8: str) -> None:
     quantize_dynamic(file, int8)
 
 
-def take_turns(sides: dict[tuple, tuple], turns: int) -> dict[tuple, tuple[float, list]]:
+def take_turns(sides: dict[tuple, tuple], turns: int) -> dict[tuple, tuple[dict[str, float], list]]:
     """Let each side take its step in turn. Returns its median seconds, after a turn that warms up, and its answers.
 
-    A side is a module, a function there that makes `step`, and its arguments, as JSON can hold them.
+    A side is a module, a function there that makes a `Step`, and its arguments, as JSON can hold them. Our files answer
+    one by one only.
     """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": CHECKOUT}
-    workers, seconds, answers = {}, {side: [] for side in sides}, {}
+    workers, seconds, answers = {}, defaultdict(lambda: defaultdict(list)), {}
     for side, call in sides.items():
         workers[side] = subprocess.Popen([sys.executable, "-c", SIDE, json.dumps(call)], **pipes)
-    for turn in range(turns + 1):
-        for side, worker in workers.items():
-            print(turn, file=worker.stdin, flush=True)
-            took, answers[side] = json.loads(next(line for line in worker.stdout if line.startswith("[")))
-            seconds[side].append(took)
+    for _, (setting, batch), (side, worker) in product(range(turns + 1), BATCHES.items(), workers.items()):
+        if batch == 1 or not side[1].startswith("our file"):
+            print(batch, file=worker.stdin, flush=True)
+            took, found = json.loads(next(line for line in worker.stdout if line.startswith("[")))
+            seconds[side][setting].append(took)
+            answers.setdefault(side, found)
     for worker in workers.values():
         worker.communicate()
-    return {side: (statistics.median(seconds[side][1:]), answers[side]) for side in sides}
+    medians = {side: {name: statistics.median(took[1:]) for name, took in of.items()} for side, of in seconds.items()}
+    return {side: (medians[side], answers[side]) for side in sides}
 
 
 def sides_of(runs: list[Path], place: Path) -> dict[tuple[str, str], tuple]:
-    """All sides, by precision and name: a module, a function there, and its arguments after texts and batch."""
+    """All sides, by precision and name: a module, a function there, and its arguments after the texts."""
     classify, tokenizer = EarlyExitClassifier.load(runs[0]), Tokenizer.from_file(str(runs[0] / "tokenizer.json"))
     pad = special_tokens(tokenizer)[2]
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
@@ -166,7 +171,7 @@ def main() -> None:
     parser.add_argument("--turns", type=whole_number(1), default=3)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    runs, found = [run.resolve() for run in args.runs], {}
+    runs, found = [run.resolve() for run in args.runs], []
     classify = EarlyExitClassifier.load(runs[0])
     labels = classify.state.labels
     parts = [[(row["text"], labels.index(row["label"])) for row in read_rows(file)] for file in (args.train, args.test)]
@@ -178,28 +183,22 @@ def main() -> None:
         (file := Path(name, "texts")).write_text(json.dumps(texts))
         learnt = list(map(list, zip(*parts[0], strict=True)))
         Path(name, "rows").write_text(json.dumps([learnt[0], None, learnt[1]]))
-        sides = sides_of(runs, Path(name))
-        for setting, batch in (("one_by_one", 1), ("in_batches", 32)):
-            calls = {key: (module, make, (str(file), batch, *rest)) for key, (module, make, rest) in sides.items()}
-            calls = {key: call for key, call in calls.items() if batch == 1 or "our file" not in key[1]}
-            for key, (seconds, answers) in take_turns(calls, args.turns).items():
-                classes, layers = zip(*answers, strict=True)
-                answered = model.numpy() if key[1] in ("transformers", "ONNX Runtime") else np.array(classes)
-                share = (
-                    float(key[1] != TFIDF)
-                    if None in layers
-                    else float(np.mean(layers)) / classify.state.trained.record.depth
-                )
-                row = {"precision": key[0], "side": key[1], "one_by_one": "", "in_batches": ""}
-                row |= {"score": f"{100 * (answered == right).mean():.1f}"}
-                row["macro_f1"] = f"{np.mean(classification_report(answered, right, len(labels))['f1']):.1f}"
-                if key == ("int8", "ONNX Runtime"):  # whose answers are not our model's
-                    row |= {"score": "", "macro_f1": ""}
-                row |= {"share": f"{share:.2f}"} | about
-                found.setdefault(key, row)[setting] = f"{1000 * seconds / len(rows):.2f}"
-    print("\n".join(", ".join(map(str, row.values())) for row in found.values()))
+        sides = {side: (*call, (str(file), *rest)) for side, (*call, rest) in sides_of(runs, Path(name)).items()}
+        for (kind, side), (seconds, answers) in take_turns(sides, args.turns).items():
+            classes, layers = zip(*answers, strict=True)
+            answered = model.numpy() if side in ("transformers", "ONNX Runtime") else np.array(classes)
+            score = f"{100 * (answered == right).mean():.1f}"
+            macro_f1 = f"{np.mean(classification_report(answered, right, len(labels))['f1']):.1f}"
+            if (kind, side) == ("int8", "ONNX Runtime"):  # whose answers are not our model's
+                score = macro_f1 = ""
+            depth = classify.state.trained.record.depth
+            share = float(side != TFIDF) if None in layers else float(np.mean(layers)) / depth
+            times = {name: f"{1000 * seconds[name] / len(rows):.2f}" if name in seconds else "" for name in BATCHES}
+            row = {"precision": kind, "side": side} | times | {"score": score, "macro_f1": macro_f1}
+            found.append(row | {"share": f"{share:.2f}"} | about)
+    print("\n".join(", ".join(map(str, row.values())) for row in found))
     if args.write:
-        write_rows(CLASSIFIER / "speed.csv", list(found.values()))
+        write_rows(CLASSIFIER / "speed.csv", found)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,11 @@ OF_LTE, SIGNS = "+4.0 +1.9 -1.5 -1.2 above equal", {"above": 1, "below": -1, "eq
 CLAIMS = [(PAIRS[0], 0), (PAIRS[0], 1), (PAIRS[0], 3), (PAIRS[0], 4), (PAIRS[1], 0), (PAIRS[2], 0)]  # README's
 # Of the classifier's page: lists of texts.
 LISTS = {"list": "Debian-20", "own": "Debian-12", "sst2": "SST-2", "cola": "CoLA"}
-# README's rows of own text: a way and the number of unlabelled texts, its title, and whose time it has.
-README = [(way, "0", way, "float32", way) for way in RIVALS[:3]]
-README += [("model alone", "0", "the fine-tuned model, ONNX Runtime", "float32", "ONNX Runtime")]
-README += [("deployed", "0", "`fit`, file in float32", "float32", "our file, deployed")]
-README += [("int8 file", "0", "`fit`, file in int8", "int8", "our file, deployed")]
-README += [("deployed", "30000", "`fit`, and 30,000 unlabelled texts", "float32", "our file, exit 0 alone")]
+# README's rows of own text: a side of speed.csv, by precision and name, and its title.
+README = [("float32", way, way) for way in RIVALS[:3]]
+README += [("float32", "ONNX Runtime", "the fine-tuned model, ONNX Runtime")]
+README += [(kind, "our file, deployed", f"`fit`, file in {kind}") for kind in ("float32", "int8")]
+README += [("float32", "our file, unlabelled texts, deployed", "`fit`, and 30,000 unlabelled texts")]
 # What the picture of the promise writes in place of a name of the draws.
 CLEARER = {"exit 0 has a say": "with exit 0's logits"}
 
@@ -98,15 +97,14 @@ def judge(runs: list[Run], pair: tuple[str, str], points: list, paper: str) -> l
     return [paper, text, *names, verdict(paper, values)]
 
 
-def pair_table(chosen: Chosen, model: str, pair: tuple[str, str], tasks: list[str], papers="", of="") -> str:
-    """What one method has less another, by exits and shares: the mean, its verdict if the paper says one, each task."""
+def pair_table(chosen: Chosen, model: str, pair: tuple[str, str], tasks: list[str], papers: str, of="") -> str:
+    """One method minus another, by exits and shares: the mean, its verdict, and each task that has runs."""
     points = [*LAYERS[model], *QUARTERS]
     head = [*(f"exit {n}" for n in LAYERS[model]), *QUARTERS]
-    rows = report.differences(chosen, tasks, pair, points)
-    if papers:
-        head = [f"{name} ({paper})" for name, paper in zip(head, papers.split(), strict=True)]
-        pooled = [report.compare(chosen, tasks, pair, [point])[1] for point in points]
-        rows.insert(1, ["verdict", *map(verdict, papers.split(), pooled)])
+    rows = [row for row in report.differences(chosen, tasks, pair, points) if {*row[1:]} != {"not run"}]
+    head = [f"{name} ({paper})" for name, paper in zip(head, papers.split(), strict=True)]
+    pooled = [report.compare(chosen, tasks, pair, [point])[1] for point in points]
+    rows.insert(1, ["verdict", *map(verdict, papers.split(), pooled)])
     return report.table("", [named(*pair) + of, *head], rows)
 
 
@@ -178,7 +176,7 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
     tables = [pair_table(deep, DEEP, pair, TASKS[DEEP], papers) for pair, papers in PAPERS.items()]
     others = [pair_table(small, SMALL, pair, TASKS[SMALL], papers) for pair, papers in PAPERS.items()]
     of_lte = pair_table(lte, SMALL, PAIRS[0], TASKS[SMALL][:2], OF_LTE, ", learning-to-exit")
-    others.append(of_lte if lte else "Learning-to-exit: not run.\n")
+    others.append(of_lte if lte else "Learning-to-exit: one run of EE, and none to compare it with.\n")
     for row in read_rows(PAPER / "gradients.csv"):
         kind = f"{named(row['task'])}: {'exit n, later ones' if row['layer'] == row['exit'] else 'later ones'}"
         if row["pooling"] == "mean":
@@ -215,9 +213,10 @@ def by_rows() -> dict[str, str]:
         keys |= set() if row["way"] in RIVALS else {(row["model"], key)}
 
     def values(column: str, key: tuple, way: str, model=SMALL) -> np.ndarray:
-        """Of each draw. What a rival learns is labelled, so that draws with unlabelled texts are the same."""
+        """Of each draw that `fit` has. A rival learns labelled rows alone, so unlabelled ones make no other draw."""
+        draws = {row["draw"] for row in found[model, key, "deployed", "3"]}
         of_way = found[model, key[:2] if way in RIVALS else key, way, "3" if way == "deployed" else ""]
-        by_draw = {row["draw"]: float(row[column]) for row in of_way if row[column]}
+        by_draw = {row["draw"]: float(row[column]) for row in of_way if row[column] and row["draw"] in draws}
         return np.array(list(by_draw.values())) * (100 if column == "share" else 1)
 
     def show(column: str, key: tuple, way: str, model=SMALL) -> str:
@@ -244,19 +243,19 @@ def by_rows() -> dict[str, str]:
 
 
 def speed() -> dict[str, str]:
-    """Milliseconds, and README's table: what ways are right on the first draw of 4,000 rows, and what they take."""
-    columns = {"one_by_one": "ms, one by one", "in_batches": "ms, in batches"}
+    """The page's table of all sides, and README's of some."""
     found = {(row["precision"], row["side"]): row for row in read_rows(CLASSIFIER / "speed.csv")}
-    first = [row for row in read_rows(CLASSIFIER / "results.csv") if row["texts"] == "list" and row["draw"] == "0"]
-    readme = []
-    for way, unlabelled, title, *side in README:
-        like = {"labelled": "4000", "unlabelled": unlabelled, "way": way, "goal": "3" if way == "deployed" else ""}
-        (row,) = [row for row in first if like.items() <= row.items()]
-        scores = [f"{float(row[name]):.1f}" for name in ("score", "macro_f1")]
-        readme.append([title, *scores, found.get(tuple(side), {}).get("one_by_one", "")])
-    page = [[*key, *(row.get(name, "") for name in columns)] for key, row in found.items()]
+    times, scores = {"one_by_one": "ms, one by one", "in_batches": "ms, in batches"}, ("score", "macro_f1")
+    sides = {key: f"{key[1]}, int8" if key[0] == "int8" else key[1] for key in found}
+    page = [[sides[key], *(row[name] for name in (*times, *scores, "share"))] for key, row in found.items()]
+    readme = [
+        [title, *(found[kind, side][name] for name in (*scores, "one_by_one"))]
+        for kind, side, title in README
+        if (kind, side) in found
+    ]
+    head = ["side (float32 unless named)", *times.values(), "accuracy", "macro F1", "layers run"]
     return {
-        "speed": table(["precision", "side", *columns.values()], page),
+        "speed": table(head, page),
         "own text": table(["way", "accuracy", "macro F1", "ms per text"], readme),
     }
 
