@@ -224,7 +224,7 @@ def test_refusals(chosen, tmp_path, command, monkeypatch):
     save_choice(run, replace(state, point=replace(state.point, precision="torch.bfloat16")))
     status, out, _ = command(export, run, "--onnx", new)
     assert (status, "one by one: 1 answers or exits are not" in out) == (0, True)
-    assert out.endswith("made in torch.bfloat16, and this is torch.float32: choose again with this --amp\n")
+    assert out.endswith("made in torch.bfloat16, not for this file: choose again with --amp off\n")
     new.unlink()
     monkeypatch.delitem(sys.modules, "minisweet.classifier.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)

@@ -53,7 +53,7 @@ REFUSALS = [
     ("fit", f"own.csv {FIT} --unlabelled own.csv", "--unlabelled: no text is left: all of them are also labelled, or"),
     ("fit", f"own.csv {FIT} --unlabelled two.csv", "two.csv: no column text or sentence; it has sentence1,"),
     ("fit", "own.csv --trunk ee --out new", "ee: a run of train.py, which is evaluated by: python evaluate.py ee"),
-    ("fit", "own.csv --trunk own.csv --out new", "--trunk: own.csv is not a folder; should be a run, or a"),
+    ("fit", "own.csv --trunk own.csv --out new", "--trunk: own.csv is not a folder; should be a run, or a classif"),
     ("fit", "own.csv --trunk bag --out new --max-length 30", "--max-length: 30, should be 32, as of the trunk bag"),
     ("predict", "ee own.csv", "ee: a run of train.py, which is evaluated by: python evaluate.py ee"),
     ("predict", "no-point own.csv", "no-point/operating.json: not readable as JSON"),

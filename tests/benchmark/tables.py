@@ -176,7 +176,7 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
     tables = [pair_table(deep, DEEP, pair, TASKS[DEEP], papers) for pair, papers in PAPERS.items()]
     others = [pair_table(small, SMALL, pair, TASKS[SMALL], papers) for pair, papers in PAPERS.items()]
     of_lte = pair_table(lte, SMALL, PAIRS[0], TASKS[SMALL][:2], OF_LTE, ", learning-to-exit")
-    others.append(of_lte if lte else "Learning-to-exit: one run of EE, and none to compare it with.\n")
+    others.append(of_lte if lte else "Learning-to-exit: not run at all rates.\n")
     for row in read_rows(PAPER / "gradients.csv"):
         kind = f"{named(row['task'])}: {'exit n, later ones' if row['layer'] == row['exit'] else 'later ones'}"
         if row["pooling"] == "mean":
@@ -246,8 +246,10 @@ def speed() -> dict[str, str]:
     """The page's table of all sides, and README's of some."""
     found = {(row["precision"], row["side"]): row for row in read_rows(CLASSIFIER / "speed.csv")}
     times, scores = {"one_by_one": "ms, one by one", "in_batches": "ms, in batches"}, ("score", "macro_f1")
-    sides = {key: f"{key[1]}, int8" if key[0] == "int8" else key[1] for key in found}
-    page = [[sides[key], *(row[name] for name in (*times, *scores, "share"))] for key, row in found.items()]
+    page = [
+        [f"{side}, int8" if kind == "int8" else side, *(row[name] for name in (*times, *scores, "share"))]
+        for (kind, side), row in found.items()
+    ]
     readme = [
         [title, *(found[kind, side][name] for name in (*scores, "one_by_one"))]
         for kind, side, title in README
