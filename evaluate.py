@@ -6,7 +6,8 @@
     python evaluate.py runs/NAME --predict new.tsv --threshold 0.9
 
 One forward pass over the validation rows gives the logits of every exit, and with them the decisions at all thresholds,
-exactly. Prints the scores and the curve, and writes logits.safetensors, evaluation.json and curve.png.
+exactly. No threshold is chosen, and temperatures are cross-fitted on the same rows (minisweet/calibration.py). Prints
+the scores and the curve, and writes logits.safetensors, evaluation.json and curve.png.
 
 With --predict it answers new texts by live early exit instead: for each line of the file, which has the columns of the
 task's files (no label is needed), it prints label, confidence and exit layer, with tabs between them.

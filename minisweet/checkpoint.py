@@ -1,7 +1,7 @@
 """Loads public weights into our encoders, strictly and through an explicit map of names.
 
 Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. Keys of config.json without a field in
-our configs are ignored, because they describe the file rather than the model.
+our configs are ignored, because they describe the file rather than the model. hub.py finds and downloads the files.
 """
 
 import re

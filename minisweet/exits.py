@@ -102,7 +102,7 @@ def exit_loss(logits: Tensor, certainty: Tensor | None, targets: Tensor) -> Tens
 
 
 def rows_that_stay(stay: Tensor | None, attention_mask: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """The rows of a mask (B, T) and of other tensors (B, T, ...) where `stay` (B,) is true. None means all rows."""
+    """Keep the rows (None: all) of tensors (B, T, ...) where `stay` (B,) is true, cut to the longest text left."""
     if stay is None or stay.all():
         return attention_mask, *others
     T = attention_mask[stay].sum(1).max().clamp(min=1)  # tokens of the longest text that stays

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from minisweet.config import Config
 from minisweet.fast import Dropout
 
-# Added to the attention scores of padding. After softmax its weight is 0 beside any real score, and it fits into
-# float16. With -inf, a row of padding alone would give NaN.
+# Added to the attention scores of padding. Beside any real score its weight after softmax is 0, and the score fits
+# into float16. With -inf, a row of padding alone would give NaN.
 PADDING_SCORE = -3e4
 
 

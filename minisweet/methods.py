@@ -38,7 +38,10 @@ def build_model(
 def sliced_models(
     first_layers: FirstLayers, exit_layers: Sequence[int], num_labels: int, exit_strategy: str = "confidence"
 ) -> MultiModel:
-    """MM's models: for each exit the checkpoint's first layers up to it, with one head. They share nothing."""
+    """MM's models: for each exit the checkpoint's first layers up to it, with one head. They share nothing.
+
+    With one exit each, SWEET and EE are the same.
+    """
     models = (MultiExitModel(first_layers(n), (n,), num_labels, exit_strategy=exit_strategy) for n in exit_layers)
     return MultiModel(list(models))
 

@@ -25,14 +25,14 @@ PRIOR_OF_WEIGHT = 3.0  # pulls the weight towards 0, so that a few rows decide l
 
 
 class Logits(NamedTuple):
-    """The logits of the bag of words and of the model for N texts, and what is known of these."""
+    """The logits of the bag of words and of the model for N texts, and what is known of the texts."""
 
     bag: Tensor  # (N, C), in float32 like the next one
     model: Tensor  # (N, C)
     labels: np.ndarray  # (N,), -1 for a text without one
     keys: np.ndarray  # (N,), int64: equal for texts of the same tokens
     units: np.ndarray  # (N,), int64: equal for texts of one group
-    precision: str = "torch.float32"  # of the logits
+    precision: str = "torch.float32"  # that the model ran in
 
     def take(self, rows: np.ndarray) -> "Logits":
         """The logits for some texts (n,)."""
@@ -69,7 +69,7 @@ class Answers(NamedTuple):
         return self.take(self.is_labelled) if self.is_labelled.any() else self.filled()
 
     def stay_at(self, thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
-        """Whether each text goes on to the model at each threshold, (M, N); as 0 or 1, its share of the layers."""
+        """Whether each text runs the model at each threshold, (M, N); as 0 or 1, the share of the layers it runs."""
         lowest = 1 / self.num_labels
         return np.stack([~leaves(self.confidence, threshold, lowest).numpy() for threshold in thresholds])
 
@@ -101,7 +101,7 @@ class Rule(NamedTuple):
 
 
 def fit_rule(logits: Logits, combines: bool) -> Rule:
-    """Fit both temperatures and, if it `combines`, the weight of the bag of words at full depth."""
+    """Fit both temperatures and, if `combines`, the weight of the bag of words at full depth."""
     labels = torch.from_numpy(logits.labels)
     known = labels >= 0
 
@@ -118,7 +118,7 @@ def fit_rule(logits: Logits, combines: bool) -> Rule:
     full = Rule(bag_temperature, temperature, weight).at_full_depth(logits.bag, logits.model)
     fitted = fit_temperature(logits.bag, labels.where(known, full.argmax(-1)))
 
-    # 3. The rule divides the bag's logits by the new temperature; the weight was fitted with another one.
+    # 3. The weight was fitted to the bag's logits over `bag_temperature`; the rule divides them by `fitted`.
     return Rule(fitted, temperature, weight * fitted / bag_temperature)
 
 

@@ -7,12 +7,12 @@ of 100 texts, and to be S% sure of that.
 binomial test decides whether the goal still holds, and the first failure ends the search. Only texts whose answer early
 exit changes need a label. Without one such a text counts as lost, so that the count is never too low.
 
-Theorem. Model, goal and precision are fixed before anyone looks at a judging text. If judging and new texts are
-independent draws of distinct texts from one source, and none of them was trained on, then the promise is broken with a
-probability of at most 1 - S/100. Broken: at the chosen threshold more than P of 100 new texts are lost in the long run.
+Theorem. Model, thresholds, goal and precision are fixed before anyone looks at a judging text. If judging and new
+texts are independent draws of distinct texts from one source, and none of them was trained on, then the promise is
+broken with a probability of at most 1 - S/100. Broken: in the long run more than P of 100 new texts are lost.
 
-Proof. Take the first threshold on the way down that is too low, if there is one. The exact test passes it with a
-probability of at most 1 - S/100. Otherwise the search stops there or earlier, above it. A missing label only adds to
+Proof. Take the first threshold on the way down that loses more than P of 100 in the long run, if any. The exact test
+passes it with a probability of at most 1 - S/100; if it fails, the search ends above it. A missing label only adds to
 the count, so the search goes no lower than with all labels.
 
 This is Learn then Test (Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052) with fixed-sequence testing (in
@@ -62,14 +62,14 @@ def most_lost(texts: int, goal: Goal) -> int:
 
 
 def fixed_sequence(answers: Answers, goal: Goal, thresholds: np.ndarray) -> float:
-    """Test the thresholds (M,) from 1 downwards. Returns the last one before the first that fails, at most 1."""
+    """Test ascending thresholds (M,) from the last, 1, downwards. Returns the one above a failure, or the lowest."""
     lost = lost_texts(answers, thresholds)  # (M, T)
     passes = how_sure(lost.shape[1], lost.sum(1), goal.max_lost / 100) >= goal.sure / 100  # (M,)
     return float(thresholds[max(np.flatnonzero(~passes[:-1]), default=-1) + 1])
 
 
 def lost_texts(answers: Answers, thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Whether each text, that is, any row of it, is lost at each threshold: (M, T).
+    """Whether any row of each of T distinct texts is lost at each of M thresholds: (M, T).
 
     A row without a label is lost if early exit changes full depth's answer.
     """

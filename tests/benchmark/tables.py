@@ -36,8 +36,8 @@ LISTS = {"list": "Debian-20", "own": "Debian-12", "sst2": "SST-2", "cola": "CoLA
 # README's rows of own text: a side of speed.csv, by precision and name, and its title.
 README = [("float32", way, way) for way in RIVALS[:3]]
 README += [("float32", "ONNX Runtime", "the fine-tuned model, ONNX Runtime")]
-README += [(kind, "our file, deployed", f"`fit`, file in {kind}") for kind in ("float32", "int8")]
-README += [("float32", "our file, unlabelled texts, deployed", "`fit`, and 30,000 unlabelled texts")]
+README += [(kind, "our file, deployed", f"`fit`, ONNX file in {kind}") for kind in ("float32", "int8")]
+README += [("float32", "our file, unlabelled texts, deployed", "`fit`, 30,000 unlabelled texts: the bag answers all")]
 # What the picture of the promise writes in place of a name of the draws.
 CLEARER = {"exit 0 has a say": "with exit 0's logits"}
 
@@ -176,7 +176,7 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
     tables = [pair_table(deep, DEEP, pair, TASKS[DEEP], papers) for pair, papers in PAPERS.items()]
     others = [pair_table(small, SMALL, pair, TASKS[SMALL], papers) for pair, papers in PAPERS.items()]
     of_lte = pair_table(lte, SMALL, PAIRS[0], TASKS[SMALL][:2], OF_LTE, ", learning-to-exit")
-    others.append(of_lte if lte else "Learning-to-exit: not run at all rates.\n")
+    others.append(of_lte if lte else "Learning-to-exit: not all rates have been run.\n")
     for row in read_rows(PAPER / "gradients.csv"):
         kind = f"{named(row['task'])}: {'exit n, later ones' if row['layer'] == row['exit'] else 'later ones'}"
         if row["pooling"] == "mean":
@@ -255,7 +255,7 @@ def speed() -> dict[str, str]:
         for kind, side, title in README
         if (kind, side) in found
     ]
-    head = ["side (float32 unless named)", *times.values(), "accuracy", "macro F1", "layers run"]
+    head = ["method (float32 unless int8)", *times.values(), "accuracy", "macro F1", "layers run"]
     return {
         "speed": table(head, page),
         "own text": table(["way", "accuracy", "macro F1", "ms per text"], readme),
