@@ -23,7 +23,7 @@ BLOCK = r"(<!-- {} -->\n)(.*?)(<!-- end -->)"
 DEEP, SMALL = "mpnet-base", "minilm-l6"
 TASKS = {DEEP: ["sst2", "mrpc", "cola", "rte"], SMALL: ["sst2", "mrpc", "qqp"]}
 LAYERS, PLACES = {DEEP: [1, 4, 6, 12], SMALL: [1, 2, 3, 6]}, ("first exit", "second", "third", "last")
-METHODS, SEEDS = ["ee", "mm", "sweet"], {DEEP: range(5), SMALL: range(3)}
+METHODS, SEEDS = ["ee", "mm", "sweet"], range(3)
 RATES = {(DEEP, "confidence"): {5e-5, 1e-4}, (SMALL, "confidence"): {1e-4, 2e-4, 4e-4}, (SMALL, "lte"): {1e-4, 2e-4}}
 # BERT-base in the paper: differences at exits 1, 4, 6 and 12 (Tables 1, 4), and which curve is above at 1/4 and 3/4
 # of the layers (Figs. 5, 7). Exits 1, 2, 3 and 6 of six are the same, but for the first: 1/6 of the layers, not 1/12.
@@ -63,7 +63,7 @@ def select(runs: list[Run], model: str, strategy="confidence") -> Chosen:
     for pair, some in of_pairs(runs, model, strategy).items():
         if {run.rate for run in some if run.seed == 0} >= RATES[model, strategy]:
             best = report.best_rate(some, 0)
-            chosen[pair] = report.counted([run for run in some if run.rate == best], SEEDS[model])
+            chosen[pair] = report.counted([run for run in some if run.rate == best], SEEDS)
     return chosen
 
 
@@ -145,7 +145,7 @@ def other_claims(runs: list[Run]) -> list[list[str]]:
 def exits(runs: list[Run], model: str) -> list[list[str]]:
     """Each exit alone, beside the majority class, and seed 0's area under the curve at each rate of the search."""
     rows, found, rates = [], of_pairs(runs, model), sorted(RATES[model, "confidence"])
-    chosen = select(runs, model) | {("mnli", "ee"): report.counted(found["mnli", "ee"], SEEDS[model])}
+    chosen = select(runs, model) | {("mnli", "ee"): report.counted(found["mnli", "ee"], SEEDS)}
     for pair in product([*TASKS[model], "mnli"], METHODS):
         areas = {run.rate: f"{run.area:.1f}" for run in found[pair] if run.seed == 0 and run.exits}
         for run in list(chosen.get(pair, {}).values())[:1]:
@@ -161,7 +161,7 @@ def by_pooling(runs: list[Run], model: str, method: str) -> list[str]:
     for task in TASKS[model]:
         rates = {run.rate for run in chosen.get((task, method), {}).values()}
         of_cls = [run for run in of_pairs(runs, model, pooling="cls")[task, method] if run.rate in rates]
-        older, newer = report.counted(of_cls, SEEDS[model]), chosen.get((task, method), {})
+        older, newer = report.counted(of_cls, SEEDS), chosen.get((task, method), {})
         if seeds := older.keys() & newer.keys():
             both = [[[some[n].score(layer) for layer in LAYERS[model]] for n in seeds] for some in (older, newer)]
             scores[named(task)] = np.mean(both, axis=1)
