@@ -140,9 +140,10 @@ def take_turns(sides: dict[tuple, tuple], turns: int) -> dict[tuple, tuple[dict[
     return {side: (medians[side], answers[side]) for side in sides}
 
 
-def sides_of(runs: list[Path], place: Path) -> dict[tuple[str, str], tuple]:
+def sides_of(runs: list[tuple[str, EarlyExitClassifier]], place: Path) -> dict[tuple[str, str], tuple]:
     """All sides, by precision and name: a module, a function there, and its arguments after the texts."""
-    classify, tokenizer = EarlyExitClassifier.load(runs[0]), Tokenizer.from_file(str(runs[0] / "tokenizer.json"))
+    (first, classify), *_ = runs
+    tokenizer = Tokenizer.from_file(f"{first}/tokenizer.json")
     pad = special_tokens(tokenizer)[2]
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
     tokenizer.save(f"{place}/words")
@@ -151,11 +152,11 @@ def sides_of(runs: list[Path], place: Path) -> dict[tuple[str, str], tuple]:
     sides = {("float32", name): (HERE, "rival", (name, f"{place}/rows")) for name in RIVALS if name != SETFIT}
     sides["float32", "transformers"] = HERE, "theirs", (*public, f"{place}/words")
     for point, threshold in POINTS.items():
-        sides["float32", f"our classifier, {point}"] = HERE, "ours", (str(runs[0]), threshold)
+        sides["float32", f"our classifier, {point}"] = HERE, "ours", (first, threshold)
     for kind in ("float32", "int8"):
         sides[kind, "ONNX Runtime"] = HERE, "by_onnx", (f"{place}/theirs-{kind}.onnx", f"{place}/words", None)
-        for n, run in enumerate(runs):
-            EarlyExitClassifier.load(run).export(file := place / f"ours-{n}-{kind}.onnx", int8=kind == "int8")
+        for n, (_, deployed) in enumerate(runs):
+            deployed.export(file := place / f"ours-{n}-{kind}.onnx", int8=kind == "int8")
             for point, threshold in POINTS.items():
                 name = f"our file{', unlabelled texts' * n}, {point}"
                 sides[kind, name] = HERE, "by_onnx", (str(file), f"{place}/words", threshold)
@@ -171,8 +172,8 @@ def main() -> None:
     parser.add_argument("--turns", type=whole_number(1), default=3)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    runs, found = [run.resolve() for run in args.runs], []
-    classify = EarlyExitClassifier.load(runs[0])
+    runs, found = [(str(run.resolve()), EarlyExitClassifier.load(run)) for run in args.runs], []
+    _, classify = runs[0]
     labels = classify.state.labels
     parts = [[(row["text"], labels.index(row["label"])) for row in read_rows(file)] for file in (args.train, args.test)]
     rows = sorted(parts[1], key=lambda row: len(row[0]))
