@@ -138,6 +138,7 @@ def load_encoder(
 def load_parts(folder: Path, num_layers: int | None = None, num_labels: int = 0) -> Parts:
     """Load the encoder, the checkpoint's pooler if there is one, and the classifier if `num_labels` is not 0."""
     config, slices = read_config(folder), open_weights(folder)
+    config = replace(config, pooling="cls") if num_labels else config  # these classifiers read [CLS], whatever it says
     model_type, D, depth = config.model_type, config.hidden_size, config.num_hidden_layers
     L = depth if num_layers is None else num_layers
     if not 1 <= L <= depth:

@@ -88,7 +88,7 @@ def run_all(
     rows, found = [], []
     with (
         torch.autocast(device.type, precision, enabled=precision is not None),
-        progress(total=len(texts), unit="text", desc=title) as bar,
+        progress(total=len(texts), unit="text", desc=title, leave=False) as bar,
     ):
         for batch in texts.by_length(batch_size, tokens_at_once(device)):
             rows.append(batch.rows)

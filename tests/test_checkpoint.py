@@ -111,6 +111,8 @@ def test_a_finished_classifiers_logits_are_those_of_transformers(tmp_path, model
     config = transformers.AutoConfig.for_model(**CONFIGS[model_type], id2label={0: "no", 1: "yes"})
     theirs = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     theirs.save_pretrained(tmp_path)
+    (tmp_path / "1_Pooling").mkdir()  # left by the sentence encoder; the classifier reads [CLS] all the same
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     trunk = load_trunk(tmp_path)
     ids, mask, types = random_batch()
     read = {"input_ids": without_1(ids), "attention_mask": mask}

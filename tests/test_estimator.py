@@ -6,6 +6,7 @@ import pickle
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from unittest.mock import Mock
 
 import numpy as np
@@ -116,6 +117,8 @@ BAD = [
     (GOOD[0], GOOD[1][:3], {}, "labels: 3, should be as many as the texts, 40"),
     (None, None, {}, "texts: None, should be a list"),
     (GOOD[0], [1, "x"] * 20, {}, "labels: int and str are mixed, should be of one type"),
+    (*GOOD, {"validation": (["a"], [1])}, "labels: int and str are mixed, should be of one type"),
+    (GOOD[0], [HTTPStatus.OK] * 40, {}, "item 0: <HTTPStatus.OK: 200> is not a label, should be text or a number"),
     (GOOD[0], ["x", "\ud800"] * 20, {}, r"item 1: '\ud800' holds half of a character"),
     (*GOOD, {"dev_size": 200}, "dev_size: 200, should be "),
     (*GOOD, {"max_lost": float("nan")}, "max_lost: nan, should be a number from 0.01 to 99.99"),

@@ -168,8 +168,7 @@ def fit_weights(features: Features, scale: float, targets: Tensor) -> tuple[Tens
     variables = [torch.zeros(len(part), C, requires_grad=True) for part in (unit, matrix)]  # the weights in these units
 
     def loss() -> Tensor:
-        free = unit * variables[0]
-        dense = matrix @ variables[1]
+        free, dense = unit * variables[0], matrix @ variables[1]
         error = -(targets * features.logits(free, dense).log_softmax(-1)).sum()
         return (error + (free.square().sum() / PRIOR_VARIANCE + (penalties * dense.square()).sum()) / 2) / N
 

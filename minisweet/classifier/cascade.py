@@ -57,8 +57,7 @@ class Answers(NamedTuple):
 
     def take(self, rows: np.ndarray) -> "Answers":
         """The answers to some texts, selected by indices (n,) or by a boolean mask (N,)."""
-        parts = {name: part[rows] for name, part in self._asdict().items() if name != "num_labels"}
-        return self._replace(**parts)
+        return self._replace(**{name: part[rows] for name, part in self._asdict().items() if name != "num_labels"})
 
     def filled(self) -> "Answers":
         """The same, a missing label replaced by full depth's answer."""

@@ -148,11 +148,10 @@ class EarlyExitClassifier:
         if validation is not None:
             if not isinstance(validation, tuple | list) or len(validation) != 2:
                 raise InputError("should be (texts, labels)", "validation")
-            others, type_there = labelled_texts(*validation)
+            others, label_type = labelled_texts(*validation, {label_type} if any(rows.names or ()) else ())
             others = with_text(others)
             if not others.first:
                 raise InputError("has no rows", "validation")
-            label_type = label_type if type_there == label_type or not any(others.names or ()) else "str"
         with telling(bool(self.verbose)), torch.random.fork_rng(range(torch.cuda.device_count())):
             self.train_on(Given("texts", rows, others, more, label_type))
         return self
@@ -188,9 +187,9 @@ class EarlyExitClassifier:
     def test(self, X: Any, y: Any, *, groups: Any = None) -> dict[str, Any]:
         """Measure early exit on texts X (N) with labels y (N), None where one is missing; see `minisweet test`.
 
-        Training and validation texts do not count. With `groups` (N), as in `fit`, one text of each
-        new group counts. Returns fields of `operating_point`: score, full_depth, macro_f1 and per_class of the
-        labelled texts (None without any), lost and share of all `judging_texts`.
+        Training and validation texts do not count; with `groups` (N), as in `fit`, one text of each new group does.
+        Returns fields of `operating_point`: score, full_depth, macro_f1 and per_class of the labelled texts (None
+        without any), lost and share of all `judging_texts`.
         """
         state = self.state
         texts, told = state.new_texts(with_text(labelled_texts(X, y)[0], groups), "X")
@@ -218,11 +217,11 @@ class EarlyExitClassifier:
             from minisweet.classifier.onnx import export_onnx
         except ImportError as error:
             raise InputError(f"needs the package {error.name} (pip install '.[onnx]')", "onnx") from None
-        trained, point = self.state.trained, self.operating_point
-        model, bag = copy.deepcopy((trained.model, trained.bag))  # which go on answering on their device
-        trained = trained._replace(model=model.cpu(), bag=bag.cpu())
-        about: dict[str, Any] = {"device": torch.device("cpu"), "threshold": in_float32(point.threshold)}
-        return export_onnx(Path(path), replace(self.state, trained=trained, precision=None, **about), int8)
+        state = self.state
+        model, bag = copy.deepcopy((state.trained.model, state.trained.bag))  # which go on answering on their device
+        trained = state.trained._replace(model=model.cpu(), bag=bag.cpu())
+        about: dict[str, Any] = {"device": torch.device("cpu"), "threshold": in_float32(state.point.threshold)}
+        return export_onnx(Path(path), replace(state, trained=trained, precision=None, **about), int8)
 
     @classmethod
     def load(
@@ -273,12 +272,14 @@ class EarlyExitClassifier:
 
     def predict(self, X: Any) -> np.ndarray:
         """The labels (N,) of texts."""
-        return np.array([answer.label for answer in self.classify(X)], dtype=self.classes_.dtype)
+        state = self.state  # once, since another thread may replace it
+        return np.array([answer.label for answer in state.classify(state.tokenize(X))], np.unique(state.labels).dtype)
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """The probabilities (N, C) of `classes_`, from the exit that is taken."""
-        rows = np.array([[*answer.probabilities.values()] for answer in self.classify(X)])
-        rows = rows.reshape(-1, len(self.classes_))[:, np.argsort(self.state.labels)]  # as sorted by NumPy
+        state = self.state
+        rows = np.array([[*answer.probabilities.values()] for answer in state.classify(state.tokenize(X))])
+        rows = rows.reshape(-1, len(state.labels))[:, np.argsort(state.labels)]  # as sorted by NumPy
         return rows / rows.sum(1, keepdims=True)  # sums of float32 that are 1 there become exactly 1 in float64
 
     def score(self, X: Any, y: Any) -> float:
@@ -291,5 +292,5 @@ class EarlyExitClassifier:
 
     def classify(self, texts: Iterable[str]) -> list[Answer]:
         """Classify N texts in their order. Raises InputError, naming the item's index from 0, for anything but text."""
-        state = self.state  # once, since another thread may replace it
+        state = self.state
         return state.classify(state.tokenize(texts))

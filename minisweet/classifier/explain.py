@@ -17,7 +17,7 @@ import torch
 from minisweet.adaptive import leaves
 from minisweet.base.commands import progress
 from minisweet.base.files import one_line, written_beside
-from minisweet.classifier.state import Answer, State, metric_name
+from minisweet.classifier.state import Answer, State
 from minisweet.texts import Texts
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -106,7 +106,7 @@ def write_page(path: Path, state: State) -> None:
         "thresholds": thresholds,
         "lowest": lowest,
         "point": asdict(point) | {"promise": point.promise},
-        "metric": metric_name(answers.labels),
+        "metric": state.metric,
         "sentences": texts.examples.texts(),
         "predictions": classes.tolist(),
         "confidences": [[float(f"{sure:.9g}") for sure in row] for row in (answers.confidence.tolist(), full.tolist())],

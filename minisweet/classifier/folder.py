@@ -48,16 +48,15 @@ def load_state(folder: Path, threshold: float | None, device: str, amp: str, bat
     Raises InputError if a file is missing, broken or of another run.
     """
     record, about = read_fit_record(folder)
-    run_id = record.id
     model, tokenizer = load_model(folder, record, about), load_run_tokenizer(folder, record)
     bag = NgramExit(record.vocab_size, len(record.labels), [])
-    bag.load_state_dict(read_tensors(folder / BAG, run_id)[0])
-    tensors, facts = read_tensors(folder / LOGITS, run_id)
+    bag.load_state_dict(read_tensors(folder / BAG, record.id)[0])
+    tensors, facts = read_tensors(folder / LOGITS, record.id)
     of_bag, of_model = tensors.pop("logits")
     known = {name: tensor.numpy() for name, tensor in tensors.items()}
     logits = Logits(of_bag, of_model, precision=facts["precision"], **known)
     point = read_dataclass(OperatingPoint, folder / OPERATING)
-    if point.id != run_id:
+    if point.id != record.id:
         raise InputError(f"{folder / OPERATING}: belongs to other weights than the model beside it")
     place = choose_device(device)
     precision = choose_precision(amp, place)

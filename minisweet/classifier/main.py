@@ -28,7 +28,7 @@ from minisweet.classifier.rows import (
     row_writer,
     text_column,
 )
-from minisweet.classifier.state import State, metric_name
+from minisweet.classifier.state import State
 from minisweet.options import TrainingOptions
 from minisweet.run import check_output
 from minisweet.texts import Examples
@@ -52,8 +52,8 @@ def fit(words: list[str]) -> None:
     option("file", nargs="?", type=Path, metavar="FILE", help="labelled texts: .csv, .tsv or .jsonl")
     option("--unlabelled", type=Path, action="append", default=[], metavar="FILE", help="more texts; repeatable")
     option("--text-columns", type=name_of, help="the column of texts (default: text or sentence)")
-    option("--label-column", metavar="NAME", help="(default: label)")
-    option("--group-column", metavar="NAME", help="what a row belongs to, such as a thread; all its rows stay together")
+    option("--label-column", type=name_of, metavar="NAME", help="(default: label)")
+    option("--group-column", type=name_of, metavar="NAME", help="rows of one value, such as a thread, stay together")
     option("--dev-data", type=Path, metavar="FILE", help="validation rows (default: rows of FILE set aside)")
     option("--out", type=Path, help="run folder (default: runs/<the name of FILE>)")
     option("--overwrite", action="store_true", help="replace the run in --out when the new one is trained")
@@ -149,12 +149,10 @@ def test(words: list[str]) -> None:
 def print_test(state: State, answers: Answers) -> None:
     """Print the measured values next to those stated, and whether the promise held."""
     point, measured = state.point, measure(state.threshold, answers)
-    has_labels, was_labelled = answers.is_labelled.any(), (state.logits.labels >= 0).any()
+    has_labels, was_labelled = answers.is_labelled.any(), state.metric == "accuracy"
     print(f"\n{len(answers.labels):,} rows, threshold {state.threshold:.6g}")
     print(f"{'':<26}{'here':>8}   95% interval{'stated':>15}")
-    titles = (
-        {"score": metric_name(answers.labels), "full_depth": "full depth", "macro_f1": "macro F1"} if has_labels else {}
-    )
+    titles = {"score": "accuracy", "full_depth": "full depth", "macro_f1": "macro F1"} if has_labels else {}
     for key, title in (titles | {"lost": "lost, of 100 texts", "share": "share of the layers"}).items():
         ends = measured.get(f"{key}_interval")
         interval = "{:6.2f} to {:6.2f}".format(*ends) if ends else " " * 16

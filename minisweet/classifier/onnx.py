@@ -221,8 +221,7 @@ def export_onnx(out: Path, state: State, int8: bool = False) -> list[str]:
     promise = state.point.in_words(trained.about.set_aside)
     if state.point.precision not in ("int8", "torch.float32"):
         promise = f"the promise was made in {state.point.precision}, not for this file: choose again with --amp off"
-    kind = "int8" if int8 else "float32"
-    first = f"{out}: {kind}, {size:.1f} MB, by default at threshold {state.threshold:.6g}"
+    first = f"{out}: {'int8' if int8 else 'float32'}, {size:.1f} MB, by default at threshold {state.threshold:.6g}"
     return [first, *lines, promise]
 
 

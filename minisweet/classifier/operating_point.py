@@ -75,7 +75,7 @@ class OperatingPoint:
     def in_words(self, set_aside: float) -> str:
         """The promise, or why nothing faster than full depth can be promised, with the rows that it takes.
 
-        `set_aside` is the share of labelled rows that validates.
+        `set_aside` is the share of labelled rows that validates: 1 if all validation rows were given.
         """
         if self.threshold < 1:
             return self.promise
@@ -84,7 +84,8 @@ class OperatingPoint:
         if self.judging_texts >= needed[-1]:
             return f"{problem}: too many of {self.judging_texts:,} texts are lost; allow more"
         labelled = self.labelled_judges == self.judging_texts
-        kind, share = ("labelled rows", set_aside) if labelled else ("rows without a label", 1 / UNLABELLED_PER_JUDGE)
+        share = set_aside if labelled or set_aside == 1 else 1 / UNLABELLED_PER_JUDGE
+        kind = "labelled rows" if labelled else "rows without a label"
         rows = [math.ceil(math.ceil(n * CHOOSING / (CHOOSING - 1)) / share) for n in needed]
         enough = f"{rows[0]:,} {kind} if none is lost, {rows[1]:,} if one is, and {rows[2]:,} if two are"
         return f"{problem}: only {self.judging_texts:,} texts judged. It takes about {enough}"

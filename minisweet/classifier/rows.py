@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain, islice, zip_longest
@@ -136,10 +136,10 @@ def text_column(path: Path, named: str | None, trained: Sequence[str] = ()) -> s
 
 
 def cell(path: Path, line: int, row: dict, column: str) -> str:
-    """The text in a column. Raises InputError if it is not text."""
-    if not isinstance(value := row.get(column), str):
+    """The text in a column, "" where there is none. Raises InputError if it is not text."""
+    if not isinstance(value := row.get(column), str | None):
         raise InputError(f"{path}, line {line}: {column!r:.60} is {value!r:.60}, should be text")
-    return value
+    return value or ""
 
 
 def read_texts(path: Path, column: str, label_column: str | None = None, group_column: str | None = None) -> Examples:
@@ -184,7 +184,7 @@ def label_name(value: object) -> str | None:
     """A label or a group as text: 1 and 1.0 are both "1", and an empty cell is None. Raises ValueError for others."""
     if value is None or type(value).__name__ == "NAType":  # pandas' NA, which has no truth value
         return None
-    if not isinstance(value, str | int | float | bool):
+    if type(value) not in (str, int, float, bool):  # an enumeration's member has another text than its value
         raise ValueError(f"{value!r:.60} is not a label, should be text or a number")
     if value != value or not str(value).strip():  # NaN is empty too
         return None
@@ -230,10 +230,11 @@ def with_text(examples: Examples, groups: Iterable | None = None, option: str = 
     return examples.take(kept)._replace(empty=len(examples.first) - len(kept))
 
 
-def labelled_texts(X: Any, y: Any) -> tuple[Examples, LabelType]:
-    """Texts and labels as rows, and the type of the labels. Raises InputError, naming the item."""
+def labelled_texts(X: Any, y: Any, others: Collection[LabelType] = ()) -> tuple[Examples, LabelType]:
+    """Texts and labels as rows, and their type together with that of `others`. Raises InputError, naming the item."""
     examples = texts_of(X)
     names, types = names_of(y, len(examples.first), "labels")
+    types |= {*others}
     if len(types) > 1 and types != {"int", "float"}:
         raise InputError(f"labels: {' and '.join(sorted(types))} are mixed, should be of one type")
     return examples._replace(names=names), "float" if "float" in types else cast(LabelType, next(iter(types), "str"))

@@ -128,6 +128,8 @@ def split_rows(name: str, texts: Texts, labels: Sequence[str], given: int, dev_s
     if not end:
         raise InputError(f"{name}: no row has a label")
     labelled, unlabelled = np.flatnonzero(texts.labels[:end] >= 0), np.flatnonzero(texts.labels[:end] < 0)
+    if len(classes := np.unique(texts.labels[labelled])) == 1:
+        raise InputError(f"{name}: all rows have the label {labels[classes[0]]!r:.60}, needs two or more")
     if given:
         learning, validating = labelled, np.arange(end, len(texts))
         is_apart = ~np.isin(units[validating], units[labelled])
@@ -137,8 +139,6 @@ def split_rows(name: str, texts: Texts, labels: Sequence[str], given: int, dev_s
             LOG.warning("validation rows left out because their group is trained on: %d", (~is_apart).sum())
         validating = validating[is_apart]
     else:
-        if len(classes := np.unique(texts.labels[labelled])) == 1:
-            raise InputError(f"{name}: all rows have the label {labels[classes[0]]!r:.60}, needs two or more")
         of_labelled = units[labelled]
         is_aside = dealt(of_labelled, round(dev_size * len(np.unique(of_labelled))), "set aside")
         learning, validating = labelled[~is_aside], labelled[is_aside]
@@ -153,6 +153,8 @@ def split_rows(name: str, texts: Texts, labels: Sequence[str], given: int, dev_s
         shortage = f"{len(answered)} unlabelled ones, needs at least {UNLABELLED_PER_JUDGE}"
         shortage = "the groups of all that were given are trained on" if given else shortage
         raise InputError(f"{name}: too few validation texts: {shortage}")
+    if not len(learning) + len(answered):
+        raise InputError(f"{name}: no text is left to learn from: all of them validate too")
     if len(unlabelled):
         left_out = len(unlabelled) - len(answered) - len(judging)  # labelled too, repeated, or of a validation group
         LOG.info("unlabelled texts: %d to learn from, %d to judge, %d left out", len(answered), len(judging), left_out)

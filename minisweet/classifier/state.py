@@ -101,6 +101,12 @@ class State:
         return [TYPES[self.trained.about.label_type](name) for name in self.trained.record.labels]
 
     @property
+    def metric(self) -> str:
+        """What the scores of the operating point are."""
+        labelled = self.point.labelled_judges if self.point.judging_texts else (self.logits.labels >= 0).any()
+        return "accuracy" if labelled else "agreement with full depth"
+
+    @property
     def promise(self) -> str:
         """The promise about new text, in words, or why there is none."""
         if self.point.precision != (now := str(self.precision or torch.float32)):
@@ -113,7 +119,7 @@ class State:
         """The scores of the bag of words, early exit and full depth on new texts, and what is promised: some lines."""
         point, logits = self.point, self.logits
         title = "on new texts" if point.judging_texts else "on all validation rows, even if trained on"
-        lines = [f"{title:<42}{metric_name(logits.labels):>12}   95% interval   share of the layers"]
+        lines = [f"{title:<42}{self.metric:>12}   95% interval   share of the layers"]
         for name, score, interval, share in (
             ("a bag of words alone (exit 0)", point.exit_0, point.exit_0_interval, 0.0),
             ("deployed", point.score, point.score_interval, point.share),
@@ -124,7 +130,7 @@ class State:
         lines.append(f"early exit at threshold {point.threshold:.6g}")
         support = point.per_class["support"]
         most = 100 * max(support) / max(1, sum(support))
-        if (logits.labels >= 0).any() and point.full_depth <= most:
+        if self.metric == "accuracy" and point.full_depth <= most:
             lines.append(f"full depth is no better than the majority class ({most:.1f}): the promise is worth nothing")
         if not point.share:
             lines.append("all texts leave at exit 0: nothing need be sent to the model")
@@ -216,11 +222,6 @@ def chosen(
         logits = trained.ask(Texts(trained.tokenizer, trained.validation), device, precision)
     point = trained.choose(logits, goal)
     return State(trained, logits, point, in_float32(point.threshold), device, precision, batch_size)
-
-
-def metric_name(labels: np.ndarray) -> str:
-    """What the score of texts with these labels (N,) is."""
-    return "accuracy" if (labels >= 0).any() else "agreement with full depth"
 
 
 def in_groups(rows: Examples, known: Sequence[str]) -> np.ndarray:
