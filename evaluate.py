@@ -82,7 +82,6 @@ def main() -> None:
 
 def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str = "auto") -> Evaluation:
     """Run all exits on the validation rows of a run. Writes, prints and returns the scores and the curve."""
-    start = time.perf_counter()
     record = record_of(folder)
     place = choose_device(device)
     options = record.arguments
@@ -90,9 +89,10 @@ def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str 
     # 1. The outputs of all exits for all rows.
     texts = Texts(load_run_tokenizer(folder, record), read_validation(folder, record))
     model = load_model(folder, record).to(place)
+    start = time.perf_counter()
     outputs = ask_all(model, texts, choose_precision(amp, place), record.metric)
-    write_outputs(folder / LOGITS, outputs, record.id)
     seconds = round(time.perf_counter() - start, 2)
+    write_outputs(folder / LOGITS, outputs, record.id)
 
     # 2. The decisions at all thresholds.
     folds = crossfit(outputs)

@@ -208,7 +208,7 @@ class MultiModel(ExitModel):
 
     def __init__(self, models: Sequence[MultiExitModel]) -> None:
         exit_layers = [model.exit_layers[-1] for model in models]
-        super().__init__(exit_layers, models[-1].num_labels, exit_layers[-1])
+        super().__init__(exit_layers, models[-1].num_labels, max(exit_layers))
         self.models = nn.ModuleList(models)
 
     @property

@@ -11,6 +11,7 @@ import train
 from minisweet import MultiExitModel
 from minisweet.paper import gradients
 from minisweet.paper.gradients import exit_similarities
+from minisweet.tasks import load_examples
 from minisweet.texts import Batch
 from tests.benchmark import read_rows
 from tests.conftest import quick, random_batch, tiny_encoder, write_model
@@ -34,7 +35,7 @@ def test_similarities_are_those_of_separate_backward_passes(model_type):
             assert similarity[m, i, j] == pytest.approx(1) if i == j else similarity[m, i, j] < 0.999
 
 
-def test_the_command_writes_the_mean_of_the_runs(command, tmp_path):
+def test_the_command_writes_the_mean_of_the_runs(command, tmp_path, monkeypatch):
     model, runs = write_model(tmp_path / "tiny", "bert"), (Path("run0"), Path("run1"))
     for seed, run in enumerate(runs):
         assert command(train, *quick(model, "--method", "ee", "--lr", "1e-3", "--seed", seed, "--out", run))[0] == 0
@@ -48,3 +49,6 @@ def test_the_command_writes_the_mean_of_the_runs(command, tmp_path):
         for name, values in (("cosine", mean), ("deviation", parts.std(0, ddof=1))):
             expected = [values[0, 0, 1], values[0, 0, 2], values[0, 1, 2], values[1, 1, 2]]
             np.testing.assert_allclose([float(row[name]) for row in rows], expected, atol=1e-4)
+    monkeypatch.setattr(gradients, "load_examples", lambda task, split, place: load_examples(task, "dev", place))
+    status, _, err = command(gradients, *runs, "--batches", 2)
+    assert (status, "has other rows of toy than run0 was trained on" in err) == (2, True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minisweet.paper import reproduce
-from minisweet.paper.report import Fraction, Run, read_runs, run_of, tables
+from minisweet.paper.report import Fraction, Run, counted, read_runs, run_of, tables
 from tests.benchmark.tables import verdict
 from tests.conftest import write_model
 
@@ -133,6 +133,9 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(grid, monkeypatch):
     assert (status, "runs failed" in err, "of 0 runs; 1 missing" in out) == (2, True, True)
     status, _, err, _ = grid("--methods", "sweet", "--seeds", "0", "--lrs", "1e-3", "--epochs", "7")
     assert (status, ", not 7; name another --out" in err) == (2, True)
+    write_model(Path("other/tiny"), "bert")
+    status, _, err, _ = grid("--model", "other/tiny", "--methods", "sweet", "--seeds", "0", "--lrs", "1e-3")
+    assert (status, "was trained with tiny, not other/tiny; name another --out" in err) == (2, True)
 
 
 def test_without_a_clone_it_is_one_line(grid, monkeypatch, tmp_path):
@@ -171,6 +174,8 @@ def test_tables_pair_seeds_and_mark_exits_of_one_answer(tmp_path):
     ):
         assert line in text, text
     assert "|  | 1/12 | 1/4 | 1/2 | 3/4 | 1 |" in text
+    failed, spare = made("rte", "ee", 2, (50.0, 1), (50.0, 1)), made("rte", "ee", 3, (50.0, 1), (60.0, 2))
+    assert counted([failed, spare], range(3)) == {2: spare}  # not of seed 0, which was not run
     large = made("sst2", "ee", 0, (70.0, 2), (80.0, 2), shares=[("1/24", 70.0)], layers=(1, 24))
     text = tables({("sst2", "ee"): {0: large}}, ["sst2"], ["ee"])
     assert "|  | 1/24 | 1/4 | 1/2 | 3/4 | 1 |\n|---|---|---|---|---|---|\n| SST-2, EE | 70.0 |" in text

@@ -58,7 +58,10 @@ def measure(folder: Path, batches: int, data_dir: Path) -> np.ndarray:
     unseen = order[~np.isin(order, record.subset)]
     if len(unseen) < batches * size:
         raise InputError(f"--batches: {batches} of {size} rows, and {record.task} has {len(unseen)} other rows")
-    texts = Texts(load_run_tokenizer(folder, record), rows.take(unseen[: batches * size].tolist()))
+    tokenizer, seen = load_run_tokenizer(folder, record), [row for row in record.subset if row < len(rows.first)]
+    if not np.isin(Texts(tokenizer, rows.take(seen[:100])).keys, record.trained_keys).all():
+        raise InputError(f"--data-dir: {data_dir} has other rows of {record.task} than {folder} was trained on")
+    texts = Texts(tokenizer, rows.take(unseen[: batches * size].tolist()))
     (model,) = load_model(folder, record).to(device).models_alone  # in evaluation mode: no dropout
     parts = np.arange(len(texts)).reshape(-1, size)
     return np.stack([exit_similarities(model, texts.batch(rows).to(device)) for rows in parts])
@@ -84,12 +87,11 @@ def main(words: list[str]) -> None:
     options = records[0].arguments
     deviation = (found.mean(1) if len(records) > 1 else found[0]).std(0, ddof=1)  # over runs, or batches of one run
     seeds = " ".join(str(record.arguments.seed) for record in records)
-    pooling = getattr(options, "pooling", None) or "cls"
     rows = []
     for m, layer in enumerate(exits[:-1]):
         for i, j in combinations(range(m, len(exits)), 2):
             values = f"{mean[m, i, j]:.4f}", f"{deviation[m, i, j]:.4f}"
-            run = Path(options.model).name, records[0].task, options.lr, pooling, seeds
+            run = Path(options.model).name, records[0].task, options.lr, options.pooling, seeds
             rows.append([*run, layer, exits[i], exits[j], *values])
             print(f"layer {layer}, exits {exits[i]} and {exits[j]}: cosine {values[0]} ±{values[1]}")
     with written_beside(args.out) as new, new.open("w", encoding="utf-8", newline="") as file:

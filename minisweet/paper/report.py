@@ -140,8 +140,9 @@ def counted(runs: Sequence[Run], seeds: Sequence[int]) -> dict[int, Run]:
     Where there is none it keeps its place.
     """
     found = {run.seed: run for run in runs}
+    first = sorted(seeds, key=lambda n: n not in found)  # those that were not run are the last to get one
     spare = iter(sorted(seed for seed, run in found.items() if seed > max(seeds) and run.converged))
-    kept = {n: found[n] if n in found and found[n].converged else found.get(next(spare, n)) for n in seeds}
+    kept = {n: found[n] if n in found and found[n].converged else found.get(next(spare, n)) for n in first}
     return {n: run for n, run in kept.items() if run}
 
 

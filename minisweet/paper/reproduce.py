@@ -70,7 +70,7 @@ class Grid:
         folder = self.folder(slot)
         if slot not in self.complete and is_run(folder):
             record = read_json(folder / RECORD)
-            for name in TYPED[:-2]:  # not device and amp
+            for name in ("model", *TYPED[:-2]):  # not device and amp
                 if (wanted := getattr(self.args, name)) not in (None, trained := record["arguments"].get(name, wanted)):
                     raise InputError(f"{folder} was trained with {trained}, not {wanted}; name another --out", name)
             if (folder / EVALUATION).exists():
@@ -173,9 +173,9 @@ def main(words: list[str]) -> None:
     args.runs = args.runs or args.out / "runs"
     config = read_config(model_folder(args.model))
     options, task = parser.make(TrainingOptions, args, method="sweet"), args.tasks[0]
-    resolve(options, config, task, TASKS[task], args.train_size)
+    filled = resolve(options, config, task, TASKS[task], args.train_size)
     args.lrs = args.lrs or search_rates(config)
-    args.pooling = args.pooling or config.pooling
+    args.exit_layers, args.batch_size, args.pooling = filled.exit_layers, filled.batch_size, filled.pooling
     grid = Grid(args)
     if args.print:
         for slot in grid.missing():
