@@ -59,8 +59,9 @@ def test_all_that_is_wrong_is_listed_with_both_shapes(tmp_path_factory, model_ty
         damage, words = data.draw(st.sampled_from(DAMAGES))
         expected.append(words.format(name, list(tensors[name].shape)))
         tensors[name] = damage(tensors[name])
-    tensors["encoder.layer.4.output.dense.bias"] = torch.zeros(16)
-    expected.append("encoder.layer.4.output.dense.bias [16] is unexpected")
+    extra = data.draw(st.sampled_from(["encoder.layer.4.output.dense.bias", "encoder.layer.0.output.extra"]))
+    tensors[extra] = torch.zeros(16)
+    expected.append(f"{extra} [16] is unexpected")
     save_file({name: t.clone() for name, t in tensors.items() if t is not None}, folder / "model.safetensors")
     error = conftest.refused(load_encoder, folder)
     assert [words for words in (str(folder / "model.safetensors"), *expected) if words not in error] == []

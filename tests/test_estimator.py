@@ -1,7 +1,6 @@
 """EarlyExitClassifier in Python: what scikit-learn expects of it, what it trains, and what it answers."""
 
 import copy
-import importlib.util
 import pickle
 import shutil
 import sys
@@ -218,8 +217,6 @@ def test_what_the_commands_do_is_done_from_python(new, tmp_path):
     first, last = (explained[-1][0] for explained in classify.explain(texts[:2]))
     assert [first.exit_layer, last.exit_layer] == [4, 4]
     assert refused(classify.export, tmp_path / "other").endswith("other: should end in .onnx")
-    if importlib.util.find_spec("onnxscript"):
-        assert classify.export(tmp_path / "a.onnx", int8=True)[0].startswith(f"{tmp_path}/a.onnx: int8")
 
 
 def test_before_it_is_trained_it_says_so(new, tmp_path):

@@ -28,14 +28,19 @@ def copied(run_of, tmp_path):
 def test_folds_take_turns_and_each_is_decided_by_the_rule_of_the_others():
     logits = torch.randn(3, 103, 3, generator=torch.Generator().manual_seed(5)).mul(2).round()  # with many ties
     logits[0, :, 0] = 7  # the first exit predicts one class
-    labels, keys, exits = torch.arange(103) % 3, torch.arange(103) * 7 % 103, Exits([1, 2, 4], 4)
+    labels, keys, exits = torch.arange(103) % 3, torch.arange(103) * 7 % 103, Exits([1, 2, 4], 4, add_up=True)
     outputs = Outputs(logits, None, labels, keys, "accuracy", exits)
     thresholds, folds = spaced_thresholds(7, 1 / 3), crossfit(outputs)
     assert sorted(np.concatenate([rows for _, rows in folds])) == list(range(103))
     curve, taken = sweep(folds, outputs, thresholds)
     assert curve["exit_answers"] == [1, 3, 3]
     assert curve["exit_counts"] == [[(row == k).sum() for k in range(3)] for row in taken]
+    assert curve["speedup_ratios"] == pytest.approx((np.cumsum([1, 2, 4]) / 4)[taken].mean(1).tolist())
+    right = logits.argmax(-1).numpy()[taken, np.arange(103)] == labels.numpy()
+    assert curve["scores"] == pytest.approx((100 * right.mean(1)).tolist())
     assert curve["area"] == area_under_curve(curve["speedup_ratios"], curve["scores"], 1 / 4)
+    assert np.ptp([np.bincount(labels[rows], minlength=3) for _, rows in folds], axis=0).max() <= 1
+    assert (outputs.take(np.arange(103)[::-1].copy()).folds(5) == outputs.folds(5)[::-1]).all()
     for rule, rows in folds:
         of_others = fit_rule(outputs.take(np.setdiff1d(np.arange(103), rows)))
         assert torch.equal(rule.temperatures, of_others.temperatures)
@@ -62,6 +67,7 @@ def test_an_evaluation_is_whole_and_the_same_again_and_what_is_saved_is_read(cop
     assert (outputs.labels.tolist(), outputs.keys.tolist()) == (rows.labels, keys)
     curve, _ = sweep(crossfit(outputs), outputs, after["thresholds"])
     assert curve.items() <= after.items()
+    assert after["thresholds"] == spaced_thresholds(11, 0.0 if name == "lte" else 0.5)
     assert f"\n{1:9.3f}{after['scores'][-1]:8.1f}{after['speedup_ratios'][-1]:15.3f}" in out
     assert f"to answer new texts: python evaluate.py '{folder}' --predict" in out
     assert ("predicts one class for all rows" in out) == (1 in after["exit_answers"])

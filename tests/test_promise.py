@@ -125,7 +125,7 @@ def test_choosers_and_judges_are_dealt_by_a_hash_and_a_group_judges_by_one_text(
 
 
 @pytest.mark.parametrize(("labelled", "all_judge"), [(0, 1), (200, 1), (300, 0), (1600, 0)])
-def test_who_judges_follows_from_two_counts_alone(labelled, all_judge):
+def test_who_judges_follows_from_two_counts_alone(monkeypatch, labelled, all_judge):
     """Of 2,000 texts. With few labels all judge."""
     rows = without_labels(draw(7, 2000), np.arange(2000) < labelled)
     choosing, judging, _ = choosers_and_judges(rows)
@@ -133,7 +133,11 @@ def test_who_judges_follows_from_two_counts_alone(labelled, all_judge):
     for ours, theirs in zip(strange[:3], rows[:3], strict=True):
         ours[choosing] = theirs[choosing]
     strange.labels[labelled:] = -1
+    tried, place = [], "minisweet.classifier.operating_point.fixed_sequence"
+    monkeypatch.setattr(place, lambda judges, _, thresholds: tried.append((judges.keys, thresholds)) or 1.0)
     points = [choose(its, GOAL) for its in (rows, strange)]  # whatever the judges are
+    assert np.array_equal(tried[0][1], tried[1][1])
+    assert {*tried[0][0]} <= {*rows.keys[judging]}
     for point in points:
         found = (point.choosing_texts, point.judging_texts, point.labelled_judges)
         assert found == (*(sum((side < labelled) | all_judge) for side in (choosing, judging)), sum(judging < labelled))

@@ -63,6 +63,7 @@ REFUSALS = [
     ("test", "bag own.csv", "own.csv: no row is left to test on: 32 with a label that the model does not know (a, b)"),
     ("test", "bag bag/validation.jsonl", "bag/validation.jsonl: no row is left to test on: "),
     ("predict", "bag own.csv --out own.csv", "--out: own.csv is the input"),
+    ("predict", "bag bad.jsonl --out new.csv", "bad.jsonl, line 2: 'text' is 5, should be text"),
     ("predict", "bag own.csv --out new.txt", "new.txt: should end in .csv, .tsv, .jsonl"),
     ("explain", "bag", "TEXT: should be a text; or --html FILE and no text"),
     # paper
@@ -83,6 +84,7 @@ def place(tmp_path_factory, run_of) -> Path:
     (folder / "two" / "train.tsv").write_text((folder / "two.csv").read_text().replace(",", "\t"))
     shutil.copy(folder / "two" / "train.tsv", folder / "two" / "dev.tsv")
     (folder / "one.csv").write_text("text,label\n" + "a,x\nb,x\n" * 3)
+    (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
     (folder / "none.csv").write_text("text,label\nthe film,\nis it,\n")
     (folder / "empty.csv").write_text("")
     os.mkfifo(folder / "pipe.csv")

@@ -49,10 +49,10 @@ def fake_run(folder: Path, options: dict, area: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     arguments = {name: options[name] for name in ("method", "lr", "seed")}
     arguments |= {"model": "tiny", "pooling": "cls", "exit_strategy": "confidence", "train_size": 32}
-    arguments["epochs"] = options.get("epochs")
+    arguments |= {"epochs": options.get("epochs"), "max_length": 32, "batch_size": 16, "exit_layers": [1, 4]}
     record = {"arguments": arguments, "task": "toy", "metric": "accuracy", "precision": "torch.float32", "seconds": 9.5}
     (folder / "run.json").write_text(json.dumps(record))
-    curve = {"speedup_ratios": [0.25, 0.5, 1.0], "scores": [area] * 3, "area": area}
+    curve = {"speedup_ratios": [0.25, 0.5, 1.0], "scores": [area - 8, area - 4, area], "area": area}
     exits = {"exit_layers": [1, 4], "exit_scores": [area] * 2, "exit_answers": [1, 2]}
     (folder / "evaluation.json").write_text(json.dumps(curve | exits))
     (folder / "validation.jsonl").write_text('{"label": "a"}\n{"label": "b"}\n')
@@ -131,11 +131,10 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(grid, monkeypatch):
     assert (status, "of 2 runs; 1 missing" in out) == (2, True)
     status, out, err, _ = grid("--methods", "ee", "--seeds", "0", "--lrs", "1e-3")  # none has a score
     assert (status, "runs failed" in err, "of 0 runs; 1 missing" in out) == (2, True, True)
-    status, _, err, _ = grid("--methods", "sweet", "--seeds", "0", "--lrs", "1e-3", "--epochs", "7")
-    assert (status, ", not 7; name another --out" in err) == (2, True)
     write_model(Path("other/tiny"), "bert")
-    status, _, err, _ = grid("--model", "other/tiny", "--methods", "sweet", "--seeds", "0", "--lrs", "1e-3")
-    assert (status, "was trained with tiny, not other/tiny; name another --out" in err) == (2, True)
+    for option, value in (("epochs", 7), ("max-length", 16), ("batch-size", 8), ("model", "other/tiny")):
+        status, _, err, _ = grid("--methods", "sweet", "--seeds", "0", "--lrs", "1e-3", f"--{option}", value)
+        assert (status, f", not {value}; name another --out" in err) == (2, True)
 
 
 def test_without_a_clone_it_is_one_line(grid, monkeypatch, tmp_path):
@@ -147,7 +146,8 @@ def test_without_a_clone_it_is_one_line(grid, monkeypatch, tmp_path):
 def test_a_curve_is_interpolated_at_the_shares_that_it_reaches(tmp_path):
     fake_run(tmp_path / "run", {"method": "ee", "lr": 1e-3, "seed": 0}, 70.0)
     run = run_of(tmp_path / "run")
-    assert (min(run.shares), max(run.shares), set(run.shares.values())) == (Fraction(1, 4), 1, {70.0})
+    assert (min(run.shares), max(run.shares)) == (Fraction(1, 4), 1)
+    assert [run.shares[Fraction(n, 12)] for n in (3, 6, 9, 12)] == pytest.approx([62, 66, 68, 70])
     assert (run.constant, run.converged, run.exits) == (50.0, True, {1: (70.0, 1), 4: (70.0, 2)})
 
 
@@ -162,12 +162,12 @@ def test_tables_pair_seeds_and_mark_exits_of_one_answer(tmp_path):
 
     runs = {("sst2", "ee"): {n: made("sst2", "ee", n, (50.0, 1), (80.0, 2)) for n in range(3)}}
     runs["sst2", "sweet"] = {n: made("sst2", "sweet", n, (70.0 + n, 2), (79.0, 2)) for n in range(3)}
-    runs["rte", "ee"] = {n: made("rte", "ee", n, (50.0, 1), (60.0, 2), shares=[("1", 60.0)]) for n in (0, 1)}
+    runs["rte", "ee"] = {n: made("rte", "ee", n, (50.0, 1), (68 - 8 * n, 2), shares=[("1", 60.0)]) for n in (0, 1)}
     runs["rte", "sweet"] = {1: made("rte", "sweet", 1, (50.0, 1), (60.0, 2), shares=[("1", 50.0)])}
     text = tables(runs, ["sst2", "rte"], ["ee", "sweet"])
     for line in (
         "| SST-2 | 5e-5: 60.0 ±0.0 | 5e-5: 60.0 ±0.0 |",
-        "| mean of 2, EE | 50.0 ±0.0 [4] | 70.0 ±0.0 |",
+        "| mean of 2, EE | 50.0 ±0.0 [4] | 72.0 ±2.8 |",
         "| **mean** | +21.0 ±2.5* (1) | -1.0 ±0.0* (1) |",  # RTE has one seed
         "| SST-2 | +21.0 ±2.5* | -1.0 ±0.0* |",
         "| RTE | chance | +0.0 |",

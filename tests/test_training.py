@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from minisweet import fast, training
+from minisweet import fast, load_encoder, training
 from minisweet.base.files import read_json
 from minisweet.fast import used_rows
 from minisweet.methods import METHODS
@@ -24,7 +24,7 @@ from tests.conftest import model_of, quick, toy_examples, write_model
 
 def test_each_step_draws_dropout_anew(tmp_path):
     model = model_of(write_model(tmp_path / "tiny", "bert", hidden_dropout_prob=0.5), "ee", (1, 4))
-    examples = toy_examples(tmp_path / "tiny", range(8))  # a batch, in each epoch
+    examples = toy_examples(tmp_path / "tiny", [0] * 8)  # one text, so that their order does not count
     first, second = fine_tune(model, examples, 2, 8, 1e-12)
     assert first != pytest.approx(second)
     assert fine_tune(model, examples, 2, 8, 1e-12) == pytest.approx(np.array([first, second]))
@@ -37,7 +37,7 @@ def test_mixed_precision_gradients_are_those_of_float32(tmp_path, monkeypatch, m
     for precision in (None, torch.bfloat16, torch.float16):
         seen = norms.setdefault(precision, [])
         monkeypatch.setattr(training, "clip_grad_norm_", lambda own, limit, seen=seen: seen.append(clip(own, limit)))
-        model = model_of(folder, method, (1, 4)).eval()
+        model = model_of(folder, method, (1, 4))
         fine_tune(model, toy_examples(folder, range(16), 16), 1, 16, 1e-3, precision=precision)
     assert len({seen[0].item() for seen in norms.values()}) == 3
     assert norms[torch.float16][0].item() == pytest.approx(norms[None][0].item(), rel=0.05)
@@ -52,6 +52,9 @@ def test_a_model_trains_alike_on_the_rows_in_use_and_an_error_leaves_all_rows_wh
         patch.setattr(fast, "used_rows", lambda table, _: nullcontext(torch.arange(len(table.weight))))
         np.testing.assert_allclose(fine_tune(whole, examples, 1, 8, 1e-3), history, atol=1e-5)
     torch.testing.assert_close(few.state_dict(), whole.state_dict(), atol=1e-5, rtol=1e-4)
+    unseen = np.setdiff1d(np.arange(60), [*np.concatenate(examples.ids), examples.pad_id])
+    new = load_encoder(model_dir).word_embeddings.weight[unseen]
+    assert torch.equal(whole.encoder.word_embeddings.weight[unseen], new)  # no weight decay
     before = copy.deepcopy(few.state_dict())
     table, ids = few.encoder.word_embeddings, np.concatenate(examples.ids)
     with used_rows(table, ids) as row_of:
@@ -66,11 +69,11 @@ def test_a_model_trains_alike_on_the_rows_in_use_and_an_error_leaves_all_rows_wh
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_tells_what_made_it(command, model_dir, method):
-    options = ["--method", method, "--exit-layers", "1,2,4", "--seed", 3]
+    options = ["--method", method, "--exit-layers", "1,2,4", "--seed", 3, "--pooling", "mean"]
     status, _, err = command(train, *quick(model_dir, *options))
     assert (status, "lr 0.0001" in err) == (0, True)
     record = read_json(Path(f"runs/tiny-{method}-toy-seed3/run.json"))
-    assert len(record["subset"]) == 48 == len(set(record["subset"]))
+    assert record["subset"] == sorted(np.random.default_rng(3).permutation(400)[:48].tolist())  # of all methods
     steps, exits = zip(*map(np.shape, record["losses"].values()), strict=True)
     assert ({*steps}, sum(exits), record["exit_layers"]) == ({6}, 3, [1, 2, 4])
     assert list(record["losses"]) == (["layers 1", "layers 2", "layers 4"] if method == "mm" else [method])
@@ -78,6 +81,7 @@ def test_a_run_tells_what_made_it(command, model_dir, method):
     assert {"torch", "tokenizers", "python"} <= set(record["versions"])
     assert record["weights"] == hashlib.sha256((model_dir / "model.safetensors").read_bytes()).hexdigest()
     folder = Path(f"runs/tiny-{method}-toy-seed3")
+    assert read_json(folder / "config.json")["pooling"] == "mean"
     assert read_validation(folder, read_record(folder)).first == load_examples("toy", "dev", Path()).first
 
 

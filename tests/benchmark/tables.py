@@ -81,15 +81,9 @@ def verdict(paper: str, values: np.ndarray) -> str:
     return "replicated" if sign * mean > 0 else "contradicted"
 
 
-def shown(runs: list[Run]) -> str:
-    """The model whose runs judge the claims: that of twelve layers, once it has two methods on a task."""
-    deep = select(runs, DEEP)
-    return DEEP if any(report.common_seeds(deep, [task], pair) for task in TASKS[DEEP] for pair in PAIRS) else SMALL
-
-
 def judge(runs: list[Run], pair: tuple[str, str], points: list, paper: str) -> list[str]:
-    """A claim: the paper's difference, ours, the tasks for and against it, and the verdict."""
-    chosen, tasks = select(runs, shown(runs)), TASKS[shown(runs)]
+    """A claim: the paper's difference, ours on twelve layers, the tasks for and against it, and the verdict."""
+    chosen, tasks = select(runs, DEEP), TASKS[DEEP]
     text, values = report.compare(chosen, tasks, pair, points)
     told = {task: verdict(paper, report.compare(chosen, [task], pair, points)[1]) for task in tasks}
     outcomes = ("replicated", "compatible"), ("contradicted",)
@@ -127,7 +121,7 @@ def other_claims(runs: list[Run]) -> list[list[str]]:
     """The claims that are not of one exit or one share: the rows of a table."""
     rows, above, others = [], [], []
     for pair, paper in ((PAIRS[0], "+1.1"), (PAIRS[2], "+2.3")):
-        rows.append([f"{named(*pair)}, mean of all exits", *judge(runs, pair, LAYERS[shown(runs)], paper)])
+        rows.append([f"{named(*pair)}, mean of all exits", *judge(runs, pair, LAYERS[DEEP], paper)])
     for model, task in ((key, task) for key, tasks in TASKS.items() for task in tasks):
         gains = [report.compare(select(runs, model), [task], pair, QUARTERS[:1])[1] for pair in PAIRS[:2]]
         if all(map(len, gains)):
@@ -185,15 +179,14 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
     kinds = list(gradients.get("1", ()))
     of_layers = [[n, *(", ".join(of_kind.get(kind, [])) for kind in kinds)] for n, of_kind in gradients.items()]
     read = [by_pooling(runs, model, method) for model in TASKS for method in ("ee", "sweet")]
-    readme, layers = [], LAYERS[shown(runs)]
-    points = [*layers, *QUARTERS]
+    readme, points = [], [*LAYERS[DEEP], *QUARTERS]
     for pair, n in CLAIMS:
         title = f"exit {points[n]}" if n < 4 else f"curve at {points[n]}"
         readme.append([f"{named(*pair)}, {title}", *judge(runs, pair, [points[n]], PAPERS[pair].split()[n])])
     claim = ["claim", "paper", "here", "tasks for", "tasks against", "verdict"]
     further, head = other_claims(runs), ["layers: task, method, rate", "majority", *PLACES, "areas"]
     return {
-        "twelve layers": "\n".join(tables) if shown(runs) == DEEP else "Not run.\n",
+        "twelve layers": "\n".join(tables),
         "six layers": "\n".join(others),
         "other claims": report.table("", claim, further),
         "exits": report.table("", head, [row for model in TASKS for row in exits(runs, model)]),
