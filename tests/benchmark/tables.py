@@ -169,8 +169,7 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
     deep, small, lte = select(runs, DEEP), select(runs, SMALL), select(runs, SMALL, "lte")
     tables = [pair_table(deep, DEEP, pair, TASKS[DEEP], papers) for pair, papers in PAPERS.items()]
     others = [pair_table(small, SMALL, pair, TASKS[SMALL], papers) for pair, papers in PAPERS.items()]
-    of_lte = pair_table(lte, SMALL, PAIRS[0], TASKS[SMALL][:2], OF_LTE, ", learning-to-exit")
-    others.append(of_lte if lte else "Learning-to-exit: not all rates have been run.\n")
+    others.append(pair_table(lte, SMALL, PAIRS[0], ["sst2"], OF_LTE, ", learning-to-exit"))
     for row in read_rows(PAPER / "gradients.csv"):
         kind = f"{named(row['task'])}: {'exit n, later ones' if row['layer'] == row['exit'] else 'later ones'}"
         if row["pooling"] == "mean":
