@@ -145,6 +145,7 @@ def chosen(run_of, tmp_path, command) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_file_tells_what_it_is_and_the_guides_python_runs_it(chosen, tmp_path):
     """Where neither torch nor minisweet can be imported."""
     run, file = chosen, tmp_path / "tickets.onnx"
