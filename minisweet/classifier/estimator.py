@@ -148,7 +148,7 @@ class EarlyExitClassifier:
         if validation is not None:
             if not isinstance(validation, tuple | list) or len(validation) != 2:
                 raise InputError("should be (texts, labels)", "validation")
-            others, label_type = labelled_texts(*validation, {label_type} if any(rows.names or ()) else ())
+            others, label_type = labelled_texts(validation[0], validation[1], [label_type] * any(rows.names or ()))
             others = with_text(others)
             if not others.first:
                 raise InputError("has no rows", "validation")
