@@ -11,7 +11,6 @@ import train
 from minisweet import MultiExitModel
 from minisweet.paper import gradients
 from minisweet.paper.gradients import exit_similarities
-from minisweet.tasks import load_examples
 from minisweet.texts import Batch
 from tests.benchmark import read_rows
 from tests.conftest import quick, random_batch, tiny_encoder, write_model
@@ -49,6 +48,6 @@ def test_the_command_writes_the_mean_of_the_runs(command, tmp_path, monkeypatch)
         for name, values in (("cosine", mean), ("deviation", parts.std(0, ddof=1))):
             expected = [values[0, 0, 1], values[0, 0, 2], values[0, 1, 2], values[1, 1, 2]]
             np.testing.assert_allclose([float(row[name]) for row in rows], expected, atol=1e-4)
-    monkeypatch.setattr(gradients, "load_examples", lambda task, split, place: load_examples(task, "dev", place))
+    monkeypatch.setattr(gradients, "load_examples", lambda a, _, b, load=gradients.load_examples: load(a, "dev", b))
     status, _, err = command(gradients, *runs, "--batches", 2)
     assert (status, "has other rows of toy than run0 was trained on" in err) == (2, True)

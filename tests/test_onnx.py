@@ -155,6 +155,7 @@ def test_file_tells_what_it_is_and_the_guides_python_runs_it(chosen, tmp_path):
     assert first.endswith(f"by default at threshold {point.threshold:.6g}")
     assert rows.endswith(": 0 answers or exits are not the model's")
     assert promised == point.promise != ""
+    assert classify.export(tmp_path / "a.onnx", int8=True)[0].startswith(f"{tmp_path}/a.onnx: int8")
     told = session_of(file).get_modelmeta().custom_metadata_map
     expected = {"labels": record.labels, "exit_layers": [0, 4], "max_length": 32, "goal": vars(point.goal)}
     expected |= {"threshold": point.threshold, "texts_at_once": None}
