@@ -12,7 +12,7 @@ PAPER, CLASSIFIER = CHECKOUT / "minisweet" / "paper", CHECKOUT / "minisweet" / "
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV, none where there is no file."""
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+    return list(csv.DictReader(path.open(encoding="utf-8", newline=""))) if path.exists() else []
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> None:

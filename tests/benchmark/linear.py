@@ -1,13 +1,11 @@
-"""What one would use in place of ours: a logistic regression on TF-IDF, on embeddings, or on both; and SetFit.
+"""What one would use in place of ours: a logistic regression on TF-IDF, on embeddings, or on both.
 
 TF-IDF counts words, pairs of words, and three to five characters within words. Embeddings are MiniLM's mean-pooled last
-layer, normalised: they cost all layers. The regression's strength is chosen by cross-validation. SetFit fine-tunes
-MiniLM on 20 pairs for each row on either side, with its defaults else.
+layer, normalised: they cost all layers. The regression's strength is chosen by cross-validation.
 """
 
 from collections.abc import Callable
 from functools import cache
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -16,7 +14,7 @@ from minisweet.classifier import probe
 from minisweet.hub import model_folder
 from minisweet.texts import Examples, Texts, load_tokenizer
 
-RIVALS = (TFIDF, EMBEDDINGS, BOTH, SETFIT) = ("TF-IDF", "embeddings", "TF-IDF and embeddings", "SetFit")
+RIVALS = (TFIDF, EMBEDDINGS, BOTH) = ("TF-IDF", "embeddings", "TF-IDF and embeddings")
 Answer = Callable[[Examples], np.ndarray]  # of other rows: (N,)
 
 
@@ -41,8 +39,6 @@ def fit_rival(name: str, train: Examples) -> Answer:
     from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import FeatureUnion
 
-    if name == SETFIT:
-        return fit_setfit(train)
     to_vectors = embed
     if name != EMBEDDINGS:
         words, letters = TfidfVectorizer(ngram_range=(1, 2)), TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5))
@@ -56,16 +52,3 @@ def fit_rival(name: str, train: Examples) -> Answer:
     vectors = to_vectors(train.first)
     search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": [1, 10, 100]}, cv=3).fit(vectors, train.labels)
     return lambda rows: search.predict(to_vectors(rows.first))
-
-
-def fit_setfit(train: Examples) -> Answer:
-    """Fit SetFit to single texts."""
-    from datasets import Dataset
-    from setfit import SetFitModel, Trainer, TrainingArguments
-
-    model = SetFitModel.from_pretrained(str(model_folder("minilm-l6")))
-    rows = Dataset.from_dict({"text": train.first, "label": train.labels})
-    with TemporaryDirectory() as folder:
-        settings = TrainingArguments(output_dir=folder, num_iterations=20, num_epochs=1, save_strategy="no")
-        Trainer(model=model, args=settings, train_dataset=rows).train()
-    return lambda rows: np.array(model.predict(rows.first))

@@ -32,7 +32,7 @@ from minisweet.fast import tune_cpu
 from minisweet.hub import model_folder
 from minisweet.texts import Examples, special_tokens
 from tests.benchmark import CHECKOUT, CLASSIFIER, commit, read_rows, write_rows
-from tests.benchmark.linear import RIVALS, SETFIT, TFIDF, fit_rival
+from tests.benchmark.linear import RIVALS, TFIDF, fit_rival
 
 HERE = "tests.benchmark.speed"
 SIDE = """
@@ -149,7 +149,7 @@ def sides_of(runs: list[tuple[str, EarlyExitClassifier]], place: Path) -> dict[t
     tokenizer.save(f"{place}/words")
     public = str(model_folder(classify.model).resolve()), len(classify.classes_)
     export_theirs(*public, f"{place}/theirs-float32.onnx", f"{place}/theirs-int8.onnx")
-    sides = {("float32", name): (HERE, "rival", (name, f"{place}/rows")) for name in RIVALS if name != SETFIT}
+    sides = {("float32", name): (HERE, "rival", (name, f"{place}/rows")) for name in RIVALS}
     sides["float32", "transformers"] = HERE, "theirs", (*public, f"{place}/words")
     for point, threshold in POINTS.items():
         sides["float32", f"our classifier, {point}"] = HERE, "ours", (first, threshold)

@@ -32,9 +32,9 @@ PAPERS |= {PAIRS[2]: "+3.6 +1.1 +0.3 +1.2 above below"}
 OF_LTE, SIGNS = "+4.0 +1.9 -1.5 -1.2 above equal", {"above": 1, "below": -1, "equal": 0}
 CLAIMS = [(PAIRS[0], 0), (PAIRS[0], 1), (PAIRS[0], 3), (PAIRS[0], 4), (PAIRS[1], 0), (PAIRS[2], 0)]  # README's
 # Of the classifier's page: lists of texts.
-LISTS = {"list": "Debian-20", "own": "Debian-12", "sst2": "SST-2", "cola": "CoLA"}
+LISTS = {"list": "Debian-20", "own": "Debian-12", "sst2": "SST-2"}
 # README's rows of own text: a side of speed.csv, by precision and name, and its title.
-README = [("float32", way, way) for way in RIVALS[:3]]
+README = [("float32", way, way) for way in RIVALS]
 README += [("float32", "ONNX Runtime", "the fine-tuned model, ONNX Runtime")]
 README += [(kind, "our file, deployed", f"`fit`, ONNX file in {kind}") for kind in ("float32", "int8")]
 README += [("float32", "our file, unlabelled texts, deployed", "`fit`, 30,000 unlabelled texts: the bag answers all")]
@@ -52,7 +52,8 @@ def of_pairs(runs: list[Run], model: str, strategy="confidence", pooling="mean")
     """A model's runs, by task and method."""
     found = defaultdict(list)
     for run in runs:
-        if (run.model, run.strategy, run.pooling) == (model, strategy, pooling):
+        size = 6400 if run.task == "mnli" else 6000  # in the paper: for the gradients, and elsewhere
+        if (run.model, run.strategy, run.pooling, run.train_size) == (model, strategy, pooling, size):
             found[run.task, run.method].append(run)
     return found
 
@@ -165,7 +166,7 @@ def by_pooling(runs: list[Run], model: str, method: str) -> list[str]:
 
 def paper_blocks(runs: list[Run]) -> dict[str, str]:
     """The tables of the paper's page, and README's of it."""
-    gradients = defaultdict(dict)
+    gradients: dict = defaultdict(dict)
     deep, small, lte = select(runs, DEEP), select(runs, SMALL), select(runs, SMALL, "lte")
     tables = [pair_table(deep, DEEP, pair, TASKS[DEEP], papers) for pair, papers in PAPERS.items()]
     others = [pair_table(small, SMALL, pair, TASKS[SMALL], papers) for pair, papers in PAPERS.items()]
@@ -201,34 +202,33 @@ def by_rows() -> dict[str, str]:
     found, keys = defaultdict(list), set()
     for row in read_rows(CLASSIFIER / "results.csv"):
         key = row["texts"], int(row["labelled"]), int(row["unlabelled"])
-        found[row["model"], key[:2] if row["way"] in RIVALS else key, row["way"], row["goal"]].append(row)
-        keys |= set() if row["way"] in RIVALS else {(row["model"], key)}
+        found[key[:2] if row["way"] in RIVALS else key, row["way"], row["goal"]].append(row)
+        keys |= set() if row["way"] in RIVALS else {key}
 
-    def values(column: str, key: tuple, way: str, model=SMALL) -> np.ndarray:
+    def values(column: str, key: tuple, way: str) -> np.ndarray:
         """Of each draw that `fit` has. A rival learns labelled rows alone, so unlabelled ones make no other draw."""
-        draws = {row["draw"] for row in found[model, key, "deployed", "3"]}
-        of_way = found[model, key[:2] if way in RIVALS else key, way, "3" if way == "deployed" else ""]
+        draws = {row["draw"] for row in found[key, "deployed", "3"]}
+        of_way = found[key[:2] if way in RIVALS else key, way, "3" if way == "deployed" else ""]
         by_draw = {row["draw"]: float(row[column]) for row in of_way if row[column] and row["draw"] in draws}
         return np.array(list(by_draw.values())) * (100 if column == "share" else 1)
 
-    def show(column: str, key: tuple, way: str, model=SMALL) -> str:
-        return "".join(cells(values(column, key, way, model)))
+    def show(column: str, key: tuple, way: str) -> str:
+        return "".join(cells(values(column, key, way)))
 
     def both(key: tuple, way: str) -> str:
         return f"{show('score', key, way)} / {show('macro_f1', key, way).partition(' ')[0]}"
 
     main, lost = [], []
-    for model, key in sorted(keys, key=lambda of: (of[0] == DEEP, list(LISTS).index(of[1][0]), *of[1][1:])):
+    for key in sorted(keys, key=lambda key: (list(LISTS).index(key[0]), *key[1:])):
         name = f"{LISTS[key[0]]}, {key[1]:,}" + (f" and {key[2]:,} unlabelled" if key[2] else "")
         means = {way: values("score", key, way).mean() for way in RIVALS if len(values("score", key, way))}
-        if model == SMALL and means:
-            best = max(means, key=means.__getitem__)
-            gap = f"{values('score', key, 'deployed').mean() - means[best]:+.1f}"
-            texts = [f"{best} {both(key, best)}", both(key, "full depth"), both(key, "deployed")]
-            main.append([name, *texts, show("share", key, "deployed").partition(" ")[0], gap])
+        best = max(means, key=means.__getitem__)
+        gap = f"{values('score', key, 'deployed').mean() - means[best]:+.1f}"
+        texts = [f"{best} {both(key, best)}", both(key, "full depth"), both(key, "deployed")]
+        main.append([name, *texts, show("share", key, "deployed").partition(" ")[0], gap])
         ways = [("lost", "deployed"), ("share", "deployed"), ("score", "deployed"), ("score", "full depth")]
-        outcome = [show(column, key, way, model) for column, way in ways]
-        lost += [[f"{name}, {model}", *outcome]] * (outcome[1][:5] != "100.0" and not key[2])
+        outcome = [show(column, key, way) for column, way in ways]
+        lost += [[name, *outcome]] * (outcome[1][:5] != "100.0" and not key[2])
     first, last = "texts, labelled rows", ["lost of 100", "layers run, %", "early exit", "full model"]
     head = [first, "best rival", "full model", "early exit", "layers run, %", "early exit − rival"]
     return {"which way": table(head, main), "lost": table([first, *last], lost)}
