@@ -229,11 +229,9 @@ def right_owners(name: str, exit_layers: tuple[int, ...], method: str) -> set[in
     return later if method == "ee" else set(sorted(later)[:1])  # with SWEET, the next exit alone
 
 
-def undecided_model(
-    folder: Path, method: str, num_labels=2, seed=0, strategy="confidence", pooling=None, layers=(1, 2, 4)
-) -> ExitModel:
+def undecided_model(*args, **options) -> ExitModel:
     """As `model_of`, in evaluation mode, and sure of some instances."""
-    model = model_of(folder, method, layers, num_labels, strategy, seed, pooling)
+    model = model_of(*args, **options)
     for name, parameter in model.named_parameters():
         if "classifier" in name or "lte" in name:
             torch.nn.init.normal_(parameter)

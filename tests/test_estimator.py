@@ -77,7 +77,7 @@ def test_columns_are_in_the_order_of_numpy(new):
 
 
 @pytest.mark.parametrize(
-    ("names", "kind"), [([-1, 10], int), ([0.5, 2], float), ([np.True_, np.False_], bool), (["b", np.str_("a")], str)]
+    ("names", "kind"), [([-1, 10], int), ([0.5, 2], float), ([np.True_, np.False_], bool), (["b ", np.str_("a")], str)]
 )
 def test_labels_keep_their_type(new, tmp_path, names, kind):
     texts, labels = opinions_of(slice(60))
@@ -262,7 +262,7 @@ def test_the_goal_is_the_constructors_and_what_was_not_chosen_promises_nothing(o
     for options in ({"threshold": 0.9, "amp": "bf16"}, {"amp": "off"}, {"amp": "bf16"}):
         other = EarlyExitClassifier.load(tmp_path / "fast", **options)
     told = [record.getMessage() for record in caplog.records if "promise" in record.getMessage()]
-    assert told == ["the promise was made in torch.float32, and this is torch.bfloat16: choose again with this --amp"]
+    assert told == ["the promise was made in torch.float32, and this is torch.bfloat16: choose again with --amp bf16"]
     assert other.promise == told[0]
     assert other.choose().operating_point.precision == "torch.bfloat16"
     assert other.promise.startswith("On ")

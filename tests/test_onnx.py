@@ -58,7 +58,7 @@ def exported(tmp_path_factory):
     def made(model_type: str, head: str, weight: float, int8: bool = False):
         sizes = {"max_position_embeddings": 514}  # 512 tokens, of MPNet too
         folder = write_model(tmp_path_factory.mktemp("model"), model_type, **sizes)
-        model, bag = undecided_model(folder, "sweet", 3, layers=(4,)), random_bag(3)
+        model, bag = undecided_model(folder, "sweet", (4,), 3), random_bag(3)
         if head == "linear":
             model = with_linear_head(load_encoder(folder, pooling="mean"), 3).eval()
             torch.nn.init.normal_(model.heads[0].linear.weight, std=4.0)
@@ -226,7 +226,7 @@ def test_refusals(chosen, tmp_path, command, monkeypatch):
     save_choice(run, replace(state, point=replace(state.point, precision="torch.bfloat16")))
     status, out, _ = command(export, run, "--onnx", new)
     assert (status, "one by one: 1 answers or exits are not" in out) == (0, True)
-    assert out.endswith("made in torch.bfloat16, not for this file: choose again with --amp off\n")
+    assert out.endswith("made in torch.bfloat16, and this is torch.float32: choose again with --amp off\n")
     new.unlink()
     monkeypatch.delitem(sys.modules, "minisweet.classifier.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from minisweet.adaptive import in_float32
 from minisweet.base.commands import BARS, Notices, Options, number, whole_number
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError
@@ -34,7 +33,7 @@ def telling(verbose: bool) -> Iterator[None]:
     """Write notices and progress bars to standard error if `verbose`, and otherwise no progress bar."""
     handler = Notices()
     level = LOG.level
-    bars = BARS.set({"mininterval": 0.1 if sys.stderr.isatty() else 10} if verbose else {"disable": True})  # seconds
+    bars = BARS.set({"mininterval": 0.1 if sys.stderr.isatty() else 10} if verbose else None)  # seconds
     if verbose:
         LOG.addHandler(handler)
         LOG.setLevel(logging.INFO)
@@ -47,7 +46,7 @@ def telling(verbose: bool) -> Iterator[None]:
 
 
 class EarlyExitClassifier:
-    """A text classifier that easy texts leave before the first layer.
+    """A text classifier that answers easy texts before the first layer.
 
         classify = EarlyExitClassifier(model="minilm-l6", max_lost=3, sure=90).fit(texts, labels)
         classify.predict(["The printer is on fire"])          # array of labels; predict_proba (N, C), classes_, score
@@ -141,6 +140,8 @@ class EarlyExitClassifier:
         """
         if unlabelled is None and unlabelled_groups is not None:
             raise InputError("needs unlabelled", "unlabelled_groups")
+        if groups is not None and unlabelled is not None and unlabelled_groups is None:
+            LOG.warning("unlabelled_groups is missing, so each unlabelled text counts as a group by itself")
         more = None if unlabelled is None else with_text(texts_of(unlabelled), unlabelled_groups, "unlabelled_groups")
         rows, label_type = labelled_texts(*(([], []) if X is None and self.trunk else (X, y)))
         rows = with_text(rows, groups)
@@ -220,8 +221,8 @@ class EarlyExitClassifier:
         state = self.state
         model, bag = copy.deepcopy((state.trained.model, state.trained.bag))  # which go on answering on their device
         trained = state.trained._replace(model=model.cpu(), bag=bag.cpu())
-        about: dict[str, Any] = {"device": torch.device("cpu"), "threshold": in_float32(state.point.threshold)}
-        return export_onnx(Path(path), replace(state, trained=trained, precision=None, **about), int8)
+        alone = replace(state, trained=trained, device=torch.device("cpu"), precision=None)
+        return export_onnx(Path(path), replace(alone, threshold=state.point.threshold), int8)
 
     @classmethod
     def load(
@@ -273,14 +274,13 @@ class EarlyExitClassifier:
     def predict(self, X: Any) -> np.ndarray:
         """The labels (N,) of texts."""
         state = self.state  # once, since another thread may replace it
-        return np.array([answer.label for answer in state.classify(state.tokenize(X))], np.unique(state.labels).dtype)
+        return np.array(state.labels)[state.decide(state.tokenize(X))[0].argmax(-1).numpy()]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """The probabilities (N, C) of `classes_`, from the exit that is taken."""
         state = self.state
-        rows = np.array([[*answer.probabilities.values()] for answer in state.classify(state.tokenize(X))])
-        rows = rows.reshape(-1, len(state.labels))[:, np.argsort(state.labels)]  # as sorted by NumPy
-        return rows / rows.sum(1, keepdims=True)  # sums of float32 that are 1 there become exactly 1 in float64
+        logits, _ = state.decide(state.tokenize(X))
+        return logits.double().softmax(-1).numpy()[:, np.argsort(state.labels)]  # as sorted by NumPy
 
     def score(self, X: Any, y: Any) -> float:
         """The accuracy on texts X (N) with labels y (N), from 0 to 1. Raises InputError, naming the item."""

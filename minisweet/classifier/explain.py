@@ -107,7 +107,7 @@ def write_page(path: Path, state: State) -> None:
         "lowest": lowest,
         "point": asdict(point) | {"promise": point.promise, "metric": state.metric},
         "metric": "accuracy" if has_labels else "agreement with full depth",
-        "sentences": texts.examples.texts(),
+        "sentences": texts.examples.first,
         "predictions": classes.tolist(),
         "confidences": [[float(f"{sure:.9g}") for sure in row] for row in (answers.confidence.tolist(), full.tolist())],
         "words": [list(map(in_words, both)) for both in words],

@@ -44,7 +44,6 @@ from minisweet.training import fine_tune
 EPOCHS, STEPS = 4, 200  # the least epochs and steps of fine-tuning (tried.md)
 # Self-training, if more texts are unlabelled than labelled: the maximum number of unlabelled texts, and the epochs.
 MOST_AGAIN, EPOCHS_AGAIN = 5000, 2
-MAX_LENGTH = 256  # tokens
 
 
 def epochs_of(rows: int, batch_size: int) -> int:
@@ -94,7 +93,6 @@ def train(options: FitOptions, given: Given) -> Trained:
     """
     source = start_from(options)
     split = split_data(given, source)
-    torch.manual_seed(options.seed)
     trunk = source.trunk
     model = trunk.model if trunk else with_linear_head(load_encoder(source.folder, pooling="mean"), len(split.labels))
     embeddings = model.encoder.word_embeddings.weight.detach().clone()  # (V, D), before they are trained
@@ -121,7 +119,7 @@ def start_from(options: FitOptions) -> Source:
     config, length = read_config(folder), trunk.max_length if trunk else None
     if options.max_length and length and options.max_length != length:  # the keys of cut texts would change
         raise InputError(f"{options.max_length}, should be {length}, as of the trunk {options.trunk}", "max_length")
-    max_length = options.max_length or length or MAX_LENGTH
+    max_length = options.max_length or length or min(TrainingOptions.max_length, config.max_tokens)
     tokenizer = load_tokenizer(folder, config.vocab_size, max_length, config.max_tokens)
     lr = options.lr or (1e-4 if config.hidden_size <= SMALL else 5e-5)  # minisweet/tried.md
     batch_size = options.batch_size or default_batch_size(config)

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from shlex import quote
 
-from minisweet.adaptive import in_float32
 from minisweet.base.commands import Parser, name_of, path_to, progress
 from minisweet.base.files import InputError, one_line
 from minisweet.classifier.cascade import Answers
@@ -18,16 +17,7 @@ from minisweet.classifier.fit import FitOptions, Given
 from minisweet.classifier.folder import save_choice, save_state
 from minisweet.classifier.operating_point import measure
 from minisweet.classifier.promise import Goal, texts_needed
-from minisweet.classifier.rows import (
-    all_columns,
-    cell,
-    find_column,
-    joined,
-    read_rows,
-    read_texts,
-    row_writer,
-    text_column,
-)
+from minisweet.classifier.rows import all_columns, cell, joined, read_rows, read_texts, row_writer, text_column
 from minisweet.classifier.state import State
 from minisweet.options import TrainingOptions
 from minisweet.run import check_output
@@ -64,11 +54,12 @@ def fit(words: list[str]) -> None:
     parser.need(args, args.dev_data is None, "a split of FILE, not --dev-data", "dev_size")
     if not args.file and not (args.trunk and args.unlabelled):
         raise InputError("FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE")
-    name = (args.file or args.unlabelled[0]).name.split(".")[0]
+    name = (args.file or args.unlabelled[0]).name.split(".")[0] or "texts"
     out = args.out or Path("runs") / name
     check_output(out, args.overwrite)
     classify = EarlyExitClassifier(**vars(options), **vars(goal))
-    classify.train_on(read_files(args, name or "texts"))
+    classify.train_on(read_files(args, name))
+    check_output(out, args.overwrite)  # again, since training takes a while
     save_state(out, classify.state, args.overwrite)
     print_choice(out, classify)
 
@@ -83,16 +74,13 @@ def read_files(args: Namespace, name: str) -> Given:
 
     def read(file: Path, label: str | None) -> Examples:
         own = column if file is first else text_column(file, args.text_columns, [column])
-        for typed, named in (("--label-column", label), ("--group-column", args.group_column)):
-            if named:
-                find_column(typed, file, named)
         return read_texts(file, own, label, args.group_column)
 
     rows = read(first, label) if args.file else Examples([], None, None, names=[])
     validation = read(args.dev_data, label) if args.dev_data else None
     unlabelled = joined(*(read(file, None) for file in args.unlabelled)) if args.unlabelled else None
-    columns = {"text_column": column, "label_column": label if args.file else None, "group_column": args.group_column}
-    return Given(name, rows, validation, unlabelled, **columns)
+    label = label if args.file or validation else None
+    return Given(name, rows, validation, unlabelled, "str", column, label, args.group_column)
 
 
 def choose(words: list[str]) -> None:
@@ -133,14 +121,14 @@ def test(words: list[str]) -> None:
     state = load(args).state
     about, there = state.trained.about, all_columns(args.file)
     column = text_column(args.file, args.text_columns, state.trained.record.text_columns)
-    label = next((name for name in (about.label_column, "label") if name in there), None)
+    label = name if (name := about.label_column or "label") in there else None
     if label == "label" and "exit_layer" in there and "predicted_label" not in there:
         raise InputError(f"{args.file}: its column label was written by predict, should hold the true labels")
     group = about.group_column if about.group_column in there else None
     if not label:
         print(f"{args.file}: no column {about.label_column or 'label'}, so all rows count as unlabelled")
-    if about.group_column and not group:
-        print(f"{args.file}: no column {about.group_column}, so each row counts by itself")
+    if about.training_groups and not group:
+        print(f"{args.file}: no column {about.group_column or 'of groups'}, so each row counts by itself")
     texts, told = state.new_texts(read_texts(args.file, column, label, group), args.file)
     print(f"{args.file}: {told}")
     print_test(state, state.ask(texts))
@@ -150,15 +138,16 @@ def print_test(state: State, answers: Answers) -> None:
     """Print the measured values next to those stated, and whether the promise held."""
     point, measured = state.point, measure(state.threshold, answers)
     has_labels, was_labelled = answers.is_labelled.any(), state.metric == "accuracy"
+    is_stated = state.threshold == point.threshold
     print(f"\n{len(answers.labels):,} rows, threshold {state.threshold:.6g}")
     print(f"{'':<26}{'here':>8}   95% interval{'stated':>15}")
     titles = {"score": "accuracy", "full_depth": "full depth", "macro_f1": "macro F1"} if has_labels else {}
     for key, title in (titles | {"lost": "lost, of 100 texts", "share": "share of the layers"}).items():
         ends = measured.get(f"{key}_interval")
         interval = "{:6.2f} to {:6.2f}".format(*ends) if ends else " " * 16
-        before = f"{getattr(point, key):12.2f}" if key in ("lost", "share") or was_labelled else ""
+        before = f"{getattr(point, key):12.2f}" if is_stated and (key in ("lost", "share") or was_labelled) else ""
         print(f"{title:<26}{measured[key]:8.2f}   {interval}{before}")
-    if state.threshold == in_float32(point.threshold) < 1:
+    if state.promise == point.promise:  # not at another threshold or in another precision
         verdict = "held here"
         needed = texts_needed(point.goal)[0]
         if measured["judging_texts"] < needed:
@@ -189,8 +178,8 @@ def predict(words: list[str]) -> None:
     option("--out", type=Path, help="as FILE; replaced if it exists (default: standard output, as CSV)")
     option("--text-columns", type=name_of, help="(default: as in training, or text or sentence)")
     args = parser.parse_args(words)
-    if args.out and args.out.resolve() == args.file.resolve():
-        raise InputError(f"--out: {args.out} is the input; name another file")
+    if args.out and (args.out.is_dir() or args.out.resolve() == args.file.resolve()):
+        raise InputError(f"--out: {args.out} is {'a folder' if args.out.is_dir() else 'the input'}; name another file")
     state = load(args).state
     record = state.trained.record
     column = text_column(args.file, args.text_columns, record.text_columns)
@@ -277,8 +266,8 @@ def add_options(parser: Parser) -> None:
 
 def load(args: Namespace) -> EarlyExitClassifier:
     """Load the run that a command's options name."""
-    options = {"device": args.device, "amp": args.amp, "batch_size": args.batch_size}
-    return EarlyExitClassifier.load(args.run, threshold=args.threshold, **options)
+    options = {name: getattr(args, name) for name in ("threshold", "device", "amp", "batch_size")}
+    return EarlyExitClassifier.load(args.run, **options)
 
 
 def print_choice(folder: Path, classify: EarlyExitClassifier) -> None:

@@ -38,7 +38,6 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from minisweet.adaptive import in_float32
 from minisweet.base.commands import progress
 from minisweet.base.files import InputError, written_beside
 from minisweet.classifier.bag_of_words import NgramExit
@@ -203,13 +202,13 @@ def export_onnx(out: Path, state: State, int8: bool = False) -> list[str]:
     _, judging, _ = choosers_and_judges(state.logits, trained.record.trained_keys)
     tried = texts.take(judging if len(judging) else np.arange(len(texts)))
     with written_beside(out, overwrite=False) as new:
+        of_model = [(answer.label, answer.exit_layer) for answer in state.classify(tried)]
         file = export_graph(trained.model, trained.bag, state.point.threshold, state.point.rule, int8)
         if int8:
             state = choose_for_int8(file, state, texts)
         (probabilities, _, layers), milliseconds = one_by_one(file, tried)
         _, full_milliseconds = one_by_one(file, tried, threshold=np.ones((), np.float32))
         of_file = [(state.labels[k], layer) for k, layer in zip(probabilities.argmax(-1), layers, strict=True)]
-        of_model = [(answer.label, answer.exit_layer) for answer in state.classify(tried)]
         differ = sum(ours != theirs for ours, theirs in zip(of_file, of_model, strict=True))
         if 1000 * differ > max(1000, len(tried)) and not int8:
             raise InputError(f"--onnx: not written: {differ} of {len(tried)} answers are not the model's")
@@ -218,9 +217,7 @@ def export_onnx(out: Path, state: State, int8: bool = False) -> list[str]:
         describe(file, state, int8)
         new.write_bytes(file.SerializeToString())
         size = new.stat().st_size / 1e6
-    promise = state.point.in_words(trained.about.set_aside)
-    if state.point.precision not in ("int8", "torch.float32"):
-        promise = f"the promise was made in {state.point.precision}, not for this file: choose again with --amp off"
+    promise = state.point.in_words(trained.about.set_aside) if int8 else state.promise
     first = f"{out}: {'int8' if int8 else 'float32'}, {size:.1f} MB, by default at threshold {state.threshold:.6g}"
     return [first, *lines, promise]
 
@@ -251,7 +248,7 @@ def choose_for_int8(file: ModelProto, state: State, texts: Texts) -> State:
     logits = state.logits._replace(bag=bag, model=model, precision="int8")
     point = state.trained.choose(logits, state.point.goal)
     set_rule(file, point.threshold, point.rule)
-    return replace(state, point=point, threshold=in_float32(point.threshold))
+    return replace(state, point=point, threshold=point.threshold)
 
 
 def one_by_one(file: ModelProto, texts: Texts, **setting: np.ndarray) -> tuple[list[np.ndarray], float]:

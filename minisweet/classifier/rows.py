@@ -148,10 +148,14 @@ def read_texts(path: Path, column: str, label_column: str | None = None, group_c
 
     def name_in(column: str | None) -> str | None:
         try:
-            return label_name(row.get(column)) if column else None
+            name = label_name(row.get(column)) if column else None
+            return name and name.strip()
         except ValueError as error:
             raise InputError(f"{path}, line {line}: {column!r:.60}: {error}") from None
 
+    for option, named in (("--label-column", label_column), ("--group-column", group_column)):
+        if named:
+            find_column(option, path, named)
     for line, row in read_rows(path):
         text = cell(path, line, row, column)
         name, group = name_in(label_column), name_in(group_column)
@@ -192,7 +196,7 @@ def label_name(value: object) -> str | None:
         value = int(value)
     if HALF.search(str(value)):
         raise ValueError(f"{value!r:.60} holds half of a character, should be valid Unicode")
-    return str(value).strip()
+    return str(value)
 
 
 def as_list(values: Any, title: str) -> list:
@@ -203,7 +207,8 @@ def as_list(values: Any, title: str) -> list:
     array = np.asarray(values, dtype=object)
     if array.ndim == 2 and array.shape[1] != 1:
         advice = f", such as df['text']; {ONE_TEXT}" * (title == "texts")
-        raise InputError(f"{title}: has {array.shape[1]} columns, should have one{advice}")
+        columns = f" ({preview(list(values.columns))})" if hasattr(values, "columns") else ""
+        raise InputError(f"{title}: has {array.shape[1]} columns{columns}, should have one{advice}")
     if array.ndim not in (1, 2):
         raise InputError(f"{title}: {values!r:.80}, should be a list, such as [text] for one text")
     return [value.item() if isinstance(value, np.generic) else value for value in array.ravel()]

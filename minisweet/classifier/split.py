@@ -63,7 +63,7 @@ def units_of(texts: Texts) -> np.ndarray:
     grouped = np.flatnonzero([group is not None for group in groups])
     links = [
         (np.arange(len(texts)), np.unique(texts.keys, return_inverse=True)[1]),
-        (grouped, np.unique(groups[grouped].astype(str), return_inverse=True)[1]),
+        (grouped, np.unique(groups[grouped], return_inverse=True)[1]),
     ]
     units, before = texts.keys.copy(), texts.keys[:0]
     while not np.array_equal(units, before):  # a chain of links takes several rounds
@@ -96,7 +96,7 @@ def one_of_each(units: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 class Split(NamedTuple):
-    """Who learns and who validates, of some `Texts`."""
+    """Which rows of some `Texts` train and which validate."""
 
     labels: Sequence[str]  # (C,)
     texts: Texts  # all rows
@@ -202,7 +202,7 @@ def warn_of_near_duplicates(validation: Texts, learned: Texts) -> None:
         if shares.max() >= IN_COMMON:
             alike.append((row, int(shares.argmax())))
     if len(alike) > MANY * len(looked_at):
-        pair = (side.take([row]).examples.texts()[0] for side, row in zip((looked_at, learned), alike[0], strict=True))
+        pair = (side.take([row]).examples.first[0] for side, row in zip((looked_at, learned), alike[0], strict=True))
         message = "near-duplicates: of %d validation texts, %d share four fifths of their words with a training text, "
         message += "such as %.70r with %.70r; the scores are optimistic; keep related texts together with "
         message += "--group-column (groups= in Python)"

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from minisweet.adaptive import in_float32, leaves
+from minisweet.adaptive import leaves
 from minisweet.base.files import InputError, preview
 from minisweet.classifier.bag_of_words import NgramExit
 from minisweet.classifier.cascade import Answers, Logits
@@ -63,9 +63,11 @@ class Trained(NamedTuple):
         """The model's logits (N, C) for N texts."""
         return run_all(lambda *inputs: self.model(*inputs)[0], texts, device, precision, batch_size, "model")
 
-    def ask(self, texts: Texts, device: torch.device, precision: torch.dtype | None) -> Logits:
+    def ask(
+        self, texts: Texts, device: torch.device, precision: torch.dtype | None, batch_size: int = BATCH_SIZE
+    ) -> Logits:
         """Run both exits on N texts."""
-        bag, model = self.ask_bag(texts, device), self.ask_model(texts, device, precision)
+        bag, model = self.ask_bag(texts, device, batch_size), self.ask_model(texts, device, precision, batch_size)
         return Logits(bag, model, texts.labels, texts.keys, units_of(texts), str(precision or torch.float32))
 
     def choose(self, logits: Logits, goal: Goal) -> OperatingPoint:
@@ -110,8 +112,9 @@ class State:
     def promise(self) -> str:
         """The promise about new text, in words, or why there is none."""
         if self.point.precision != (now := str(self.precision or torch.float32)):
-            return f"the promise was made in {self.point.precision}, and this is {now}: choose again with this --amp"
-        if self.threshold != in_float32(self.point.threshold):
+            amp = {None: "off", torch.bfloat16: "bf16"}.get(self.precision, "fp16")
+            return f"the promise was made in {self.point.precision}, and this is {now}: choose again with --amp {amp}"
+        if self.threshold != self.point.threshold:
             return f"threshold {self.threshold:g} is not the one that was chosen, so nothing is promised"
         return self.point.in_words(self.trained.about.set_aside)
 
@@ -146,22 +149,27 @@ class State:
         """Tokenise texts. Raises InputError, naming the item, for anything else."""
         return Texts(self.trained.tokenizer, texts_of(texts))
 
-    def classify(self, texts: Texts) -> list[Answer]:
-        """Answer N texts, in their order."""
-        if not len(texts):
-            return []
+    def decide(self, texts: Texts) -> tuple[Tensor, Tensor]:
+        """The calibrated logits (N, C) of the exits that N texts take, and the layers (N,) of these exits."""
         trained, rule, size = self.trained, self.point.rule, self.batch_size
+        if not len(texts):
+            return torch.zeros(0, len(trained.record.labels)), torch.zeros(0)
         bag = trained.ask_bag(texts, self.device, size)
-        logits = rule.at_exit_0(bag)  # (N, C)
+        logits = rule.at_exit_0(bag)
         stay = ~leaves(logits.softmax(-1).amax(-1), self.threshold, 1 / logits.shape[1])  # (N,)
         if stay.any():
             model = trained.ask_model(texts.take(np.flatnonzero(stay.numpy())), self.device, self.precision, size)
             logits[stay] = rule.at_full_depth(bag[stay], model)
-        return self.answers(logits, (stay * trained.record.depth).tolist())
+        return logits, stay * trained.record.depth
+
+    def classify(self, texts: Texts) -> list[Answer]:
+        """Answer N texts, in their order."""
+        logits, layers = self.decide(texts)
+        return self.answers(logits, layers.tolist())
 
     def ask(self, texts: Texts) -> Answers:
         """The answers of both exits to N texts."""
-        return self.point.rule.answers(self.trained.ask(texts, self.device, self.precision))
+        return self.point.rule.answers(self.trained.ask(texts, self.device, self.precision, self.batch_size))
 
     def new_texts(self, rows: Examples, source: object) -> tuple[Texts, str]:
         """The rows, tokenised, that may test what was chosen, and a line on those left out: how many, and why.
@@ -221,9 +229,10 @@ def chosen(
         trained.bag.to(device), trained.model.to(device)
         logits = trained.ask(Texts(trained.tokenizer, trained.validation), device, precision)
     point = trained.choose(logits, goal)
-    return State(trained, logits, point, in_float32(point.threshold), device, precision, batch_size)
+    return State(trained, logits, point, point.threshold, device, precision, batch_size)
 
 
 def in_groups(rows: Examples, known: Sequence[str]) -> np.ndarray:
     """Whether each row (N,) belongs to one of the `known` groups."""
-    return np.isin([group or "" for group in rows.groups or [None] * len(rows.first)], known)
+    groups, names = rows.groups or [None] * len(rows.first), {*known}
+    return np.array([group in names for group in groups], dtype=bool)
