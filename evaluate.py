@@ -14,6 +14,7 @@ task's files (no label is needed), it prints label, confidence and exit layer, w
 """
 
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 
 from minisweet.base.commands import Parser, number, path_to, run_command, whole_number
 from minisweet.base.devices import choose_device, choose_precision, device_name
-from minisweet.base.files import InputError, read_dataclass, write_json
+from minisweet.base.files import InputError, read_dataclass, read_json, write_json
 from minisweet.calibration import fit_rule
 from minisweet.fast import tune_cpu
 from minisweet.live import early_exit
@@ -45,7 +46,7 @@ from minisweet.run import (
     versions,
 )
 from minisweet.sweep import Evaluation, crossfit, spaced_thresholds, sweep
-from minisweet.texts import Examples, Texts, read_cells
+from minisweet.texts import Examples, Texts, read_cells, read_lines
 
 WINDOW = 1024  # new texts that are read, and sorted by length, at once
 
@@ -59,7 +60,7 @@ def main() -> None:
     about = "how many, from 1/classes (lte: 0) to 1 (default: 11)"
     option("--thresholds", type=whole_number(2, 10001), default=11, help=about)
     option("--predict", type=Path, metavar="TSV", help="new texts to answer, in the columns of the task's files")
-    option("--threshold", type=number(0, 1), help="of --predict: the confidence at which a text exits")
+    option("--threshold", type=number(0, 1), help="for --predict: the confidence at which a text exits")
     parser.add_options(TrainingOptions, "device", "amp")
     args = parser.parse_args()
     if len(args.runs) > 1 and not args.plot:
@@ -68,7 +69,7 @@ def main() -> None:
     parser.need(args, not args.predict, "a command without --predict", "thresholds", "plot")
     parser.need(args, args.predict, "--predict FILE.tsv", "threshold")
     if args.predict and args.threshold is None:
-        raise InputError("is missing; --predict needs it, a number from 0 to 1", "threshold")
+        raise InputError("is required by --predict: a number from 0 to 1", "threshold")
     runs = args.runs or [newest_run()]
     tune_cpu()
     if args.plot:
@@ -114,11 +115,11 @@ def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str 
         versions=versions(),
     )
     write_json(folder / EVALUATION, asdict(evaluation))
-    draw_curves(folder / CURVE, {str(folder): evaluation})
 
     # 3. What a person reads.
     print(f"{folder}: {options.model}, {options.method}, {record.task}, {len(texts):,} validation rows")
     print_curve(evaluation)
+    draw_curves(folder / CURVE, {str(folder): evaluation})
     next_step = f"python evaluate.py {quote(str(folder))} --predict FILE.tsv --threshold 0.9"
     print(f"\nwritten to {folder / EVALUATION}; to answer new texts: {next_step}", flush=True)
     return evaluation
@@ -134,18 +135,23 @@ def predict(folder: Path, file: Path, threshold: float, device: str = "auto", am
     place = choose_device(device)
     precision = choose_precision(amp, place)
     tokenizer, model = load_run_tokenizer(folder, record), load_model(folder, record).to(place)
-    try:
+    outputs = None
+    with suppress(InputError):  # not evaluated yet, or with other weights
         outputs = read_outputs(folder / LOGITS, record.id)
-    except InputError:  # not evaluated yet, or with other weights
+    if not outputs or outputs.precision != str(precision or torch.float32):
         validation = Texts(tokenizer, read_validation(folder, record))
         outputs = ask_all(model, validation, precision, record.metric)
     rule = fit_rule(outputs)
-    lines = read_cells(file, record.text_columns or ["sentence"], record.header)  # the toy task has no columns
+    columns = record.text_columns or ["sentence"]  # the toy task has no columns
+    has_header = {*columns} <= {*next(read_lines(file), [])}  # as GLUE's test file of CoLA has, unlike the others
+    lines = read_cells(file, columns, () if has_header else record.header)
     while chunk := list(islice(lines, WINDOW)):
         texts = Texts(tokenizer, Examples.of([cells for _, cells in chunk]))
         inputs = texts.batch(np.arange(len(texts))).to(place).inputs
         with torch.autocast(place.type, precision, enabled=precision is not None):
             answers = early_exit(model, *inputs, threshold, rule)
+        if not answers.confidence.isfinite().all():
+            raise InputError(f"{file}: the exits give infinite numbers or NaN; try --amp off")
         labels, exits, _, confidence = (part.tolist() for part in answers)
         for label, k, sure in zip(labels, exits, confidence, strict=True):
             print(record.labels[label], f"{sure:.6f}", record.exit_layers[k], sep="\t")
@@ -155,13 +161,14 @@ def record_of(folder: Path) -> Record:
     """The record of a run of train.py. Raises InputError if there is none, or it is of `minisweet fit`."""
     record = read_record(folder)
     if record.fit is not None:
-        raise InputError(f"{folder}: a run of minisweet fit, which is evaluated by: minisweet choose {folder}")
+        raise InputError(f"{folder}: a run of minisweet fit; evaluate it by: minisweet test {quote(str(folder))} FILE")
     return record
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:
-    """The run under `runs` that was written last. Raises InputError if there is none."""
-    records = list(runs.glob(f"[!.]*/{RECORD}"))  # a dot: a run that is being written
+    """The run of train.py under `runs` that was written last. Raises InputError if there is none."""
+    folders = runs.glob(f"[!.]*/{RECORD}")  # a dot: a run that is being written
+    records = [path for path in folders if not read_json(path).get("fit")]
     if not records:
         raise InputError(f"{runs}/: no run here; train one with train.py, or name a run folder")
     return max(records, key=lambda path: path.stat().st_mtime).parent
@@ -171,7 +178,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     """Read the evaluation of a run. Raises InputError if it is missing, broken or of other weights."""
     record = record_of(folder)
     if not (folder / EVALUATION).is_file():
-        raise InputError(f"{folder}: has no {EVALUATION}; first: python evaluate.py {folder}")
+        raise InputError(f"{folder}: has no {EVALUATION}; first: python evaluate.py {quote(str(folder))}")
     evaluation = read_dataclass(Evaluation, folder / EVALUATION)
     if evaluation.id != record.id:
         raise InputError(f"{folder / EVALUATION}: belongs to other weights than the model beside it; evaluate again")

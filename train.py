@@ -1,6 +1,6 @@
 """Fine-tune BERT, DeBERTa or MPNet with early exits: SWEET, Early-Exit (ee) or Multi-Model (mm).
 
-    python train.py                                   # minilm-l6, sweet, toy: one to two minutes on a laptop
+    python train.py                                   # minilm-l6, sweet, toy: a few minutes on two cores
     python train.py --model bert-base --method sweet --task rte
 
 Writes a run folder, which evaluate.py reads. The training loop is in minisweet/training.py, and each method's model in
@@ -70,7 +70,7 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     device = choose_device(options.device)
     precision = choose_precision(options.amp, device, training=True)
 
-    # 2. Data: at most `train_size` rows to train on, drawn by the seed and shared by all methods, and all dev rows.
+    # 2. Data: at most `train_size` rows to train on, sampled with the seed, the same for all methods; and all dev rows.
     tokenizer = load_tokenizer(folder, config.vocab_size, options.max_length, config.max_tokens)
     if rows.second is not None and config.type_vocab_size == 1:
         raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {task}, need 2")
@@ -123,8 +123,6 @@ def announce(record: Record, texts: Texts, rows: Examples, dev_rows: int) -> Non
     exits = ",".join(map(str, record.exit_layers))
     LOG.info("%s, exits after layers %s of %d, method %s", options.model, exits, record.depth, options.method)
     LOG.info("%s: %d of %d rows to train on, %d to validate", record.task, len(texts), len(rows.first), dev_rows)
-    if rows.empty:
-        LOG.warning("rows without text or label, skipped: %d", rows.empty)
     LOG.info("texts cut to %d tokens: %d", options.max_length, texts.is_cut.sum())
     where = f"{record.device}, {record.precision}"
     LOG.info("lr %g, epochs %d, seed %d, %s", options.lr, options.epochs, options.seed, where)

@@ -44,8 +44,8 @@ def home() -> Path:
 
 
 def fetch_once(folder: Path, fetch: Callable[[], None]) -> None:
-    """Call `fetch`, which makes `folder`, unless it exists. If another process makes it first, that one is used."""
-    if not folder.exists():
+    """Call `fetch`, which fills `folder`, unless it has files. If another process fills it first, that one is used."""
+    if not folder.exists() or (folder.is_dir() and not os.listdir(folder)):
         try:
             fetch()
         except InputError:
@@ -65,12 +65,14 @@ def model_folder(model: str) -> Path:
     if not folder.is_dir() or not model:
         names = ", ".join(REPOSITORIES)
         raise InputError(f"model {model!r:.80}: neither a folder, nor owner/name on the hub, nor one of {names}")
+    if (folder / "run.json").is_file():
+        raise InputError(f"model {model!r:.80}: a run, should be public weights; a run is for minisweet fit --trunk")
     return folder
 
 
 def _fetch(model: str, folder: Path) -> None:
     """Fetch a model to `folder`, which only appears when it is complete."""
-    by_hand = f"put config.json, {WEIGHTS} and its tokenizer into {folder}, as weights/README.md tells"
+    by_hand = f"put config.json, {WEIGHTS} and its tokenizer into {folder}, see weights/README.md"
     with written_beside(folder, overwrite=False) as new:
         try:
             _from_hub(REPOSITORIES.get(model, model), new)

@@ -133,7 +133,11 @@ def write_outputs(path: Path, outputs: Outputs, run_id: str) -> None:
 def read_outputs(path: Path, run_id: str) -> Outputs:
     """Read outputs from a file. Raises InputError as `read_tensors` does."""
     tensors, facts = read_tensors(path, run_id)
-    certainty, exits = tensors.pop("certainty", None), Exits(*json.loads(facts["exits"]))
+    certainty = tensors.pop("certainty", None)
+    try:
+        exits = Exits(*json.loads(facts["exits"]))
+    except TypeError:
+        raise InputError(f"{path}: of an earlier version of minisweet") from None
     metric, precision = facts["metric"], facts["precision"]
     return Outputs(certainty=certainty, metric=metric, exits=exits, precision=precision, **tensors)
 

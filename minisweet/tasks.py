@@ -8,7 +8,7 @@ default training takes two epochs or the paper's 750 steps, whichever is more.
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from minisweet.base.files import InputError, preview
+from minisweet.base.files import LOG, InputError, preview
 from minisweet.texts import Examples, read_cells, read_lines
 from minisweet.toy import make_toy
 
@@ -69,7 +69,8 @@ def find_task(name: str, data_dir: Path) -> Task:
     if lacking := [column for column in (*texts, "label") if column not in header]:
         wanted = "label and sentence, or label, sentence1 and sentence2"
         raise InputError(f"{path}: no column {', '.join(lacking)}; its header should name {wanted}")
-    labels = {cells[-1] for _, cells in read_cells(path, (*texts, "label"), may_be_short=True) if cells} - {""}
+    rows = (cells for _, cells in read_cells(path, (*texts, "label"), may_be_short=True))
+    labels = {cells[-1] for cells in rows if "".join(cells[:-1]).strip()} - {""}
     if len(labels) < 2:
         raise InputError(f"{path}: its labels are {preview(sorted(labels))}, should be two or more classes")
     return Task(tuple(sorted(labels)), name, columns=(*texts, "label"), numbered=False, steps=PAPER_STEPS)
@@ -96,4 +97,6 @@ def load_examples(name: str, split: str, data_dir: Path) -> Examples:
             raise InputError(f"{path}, line {number}: label {label!r:.60}, should be one of {right}")
     if not rows:
         raise InputError(f"{path}: it has no rows")
+    if empty:
+        LOG.warning("%s: rows without text or label, skipped: %d", path, empty)
     return Examples.of(rows, labels, empty)

@@ -44,17 +44,13 @@ class Examples(NamedTuple):
         lists = {name: values for name, values in self._asdict().items() if name != "empty" and values is not None}
         return self._replace(**{name: [values[row] for row in rows] for name, values in lists.items()}, empty=0)
 
-    def texts(self) -> list:
-        """The sentence of each row, or its pair of sentences."""
-        return self.first if self.second is None else list(zip(self.first, self.second, strict=True))
-
 
 def read_lines(path: Path) -> Iterator[list[str]]:
     """Yield the cells of each line of a tab-separated file. Raises InputError if it cannot be read."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:  # a carriage return may stand in a text
             for line in file:
-                yield line.removesuffix("\n").split("\t")  # cells have no quotes
+                yield line.rstrip("\r\n").split("\t")  # cells have no quotes
     except (OSError, UnicodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
 
@@ -205,8 +201,7 @@ class Texts:
         rows = np.asarray(rows, dtype=int)
         taken.examples, taken.ids = self.examples.take(rows), [self.ids[row] for row in rows]
         for name in ("lengths", "first_lengths", "is_cut", "keys", "labels", "targets"):
-            values = getattr(self, name)
-            setattr(taken, name, None if values is None else values[rows])
+            setattr(taken, name, getattr(self, name)[rows])
         return taken
 
     def batch(self, rows: np.ndarray) -> Batch:

@@ -13,7 +13,7 @@ from minisweet.adaptive import Exits, exits_taken
 from minisweet.base.files import read_json, write_json
 from minisweet.calibration import fit_rule
 from minisweet.metrics import area_under_curve, score
-from minisweet.outputs import Outputs, read_outputs
+from minisweet.outputs import Outputs, read_outputs, write_outputs
 from minisweet.run import load_run_tokenizer, read_record, read_validation
 from minisweet.sweep import crossfit, spaced_thresholds, sweep
 from minisweet.texts import Texts
@@ -94,8 +94,18 @@ def test_new_texts_are_answered_as_the_sweep_decides(copied, command, monkeypatc
     assert [int(layer) for _, _, layer in found] == np.array(record.exit_layers)[taken].tolist()
     expected = confidence.numpy()[taken, np.arange(len(taken))]
     np.testing.assert_allclose([float(value) for _, value, _ in found], expected, atol=2e-5)
-    (folder / "logits.safetensors").unlink()  # the validation rows are run again
-    assert command(evaluate, *words) == (0, out, err)
+    of_old_version = outputs._replace(exits=(*outputs.exits, 0))
+    for unfit in (of_old_version, outputs._replace(logits=outputs.logits + 1, precision="torch.bfloat16"), None):
+        write_outputs(folder / "logits.safetensors", unfit or outputs, record.id if unfit else "other")
+        assert command(evaluate, *words) == (0, out, err)  # the validation rows are run again
+    # Files without a header line, as of CoLA, and GLUE's file of new texts, which has one.
+    write_json(folder / "run.json", read_json(folder / "run.json") | {"header": ["source", "sentence"]})
+    assert command(evaluate, *words)[1] == out
+    Path("new.tsv").write_text("a\tthe film\n")
+    assert command(evaluate, *words)[1].count("\n") == 1
+    monkeypatch.setattr("minisweet.exits.ExitHead.forward", lambda head, x: (x[:, :2] * np.nan, None))
+    write_outputs(folder / "logits.safetensors", outputs, record.id)
+    assert "new.tsv: the exits give infinite numbers or NaN" in command(evaluate, *words)[2]
 
 
 def test_metric_and_precision_are_those_that_are_asked_for(copied, command, monkeypatch):
@@ -129,4 +139,6 @@ def test_without_a_run_it_takes_the_newest_that_is_whole(copied, command, tmp_pa
     for name, time in (("older", 1e9), (".written", 1e10)):  # the other is being written
         path = shutil.copytree(run, tmp_path / "runs" / name) / "run.json"
         os.utime(path, (time, time))
+    shutil.copytree(run, tmp_path / "runs" / "own")
+    write_json(tmp_path / "runs" / "own" / "run.json", read_json(run / "run.json") | {"fit": {"head": "linear"}})
     assert command(evaluate)[1].startswith(f"{run.relative_to(tmp_path)}: ")

@@ -58,6 +58,7 @@ def fetch(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("model", "name"), [("bert-base", "bert-base"), ("some.one/tiny", "some.one--tiny")])
 def test_a_model_is_fetched_once(server, fetch, tmp_path, model, name):
     folder = tmp_path / "weights" / name
+    folder.mkdir(parents=True)  # an empty folder is no model
     assert fetch(model, server.url, HF_TOKEN="hf_secret") == folder
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == BERT
     assert [path.name for path in folder.parent.iterdir()] == [name]
@@ -83,7 +84,7 @@ def test_a_repository_of_pytorch_weights_is_converted(server, fetch, tmp_path):
 
 
 def test_unknown_unreachable_and_offline_are_refused_and_leave_nothing(server, fetch, tmp_path):
-    by_hand = f"its tokenizer into {tmp_path / 'weights/bert-base'}, as weights/README.md tells"
+    by_hand = f"its tokenizer into {tmp_path / 'weights/bert-base'}, see weights/README.md"
     assert by_hand in refused(fetch, "bert-base", NOBODY)
     assert "its tokenizer into " in refused(fetch, "minilm-l6", server.url, HF_HUB_OFFLINE="1")
     assert server.requests == []

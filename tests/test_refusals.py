@@ -24,17 +24,18 @@ REFUSALS = [
     ("train", f"{TRAIN} --lr inf", "argument --lr: 'inf', should be a positive number"),
     # the paper's half: hub, options, tasks, run
     ("train", "--model no-such --out new", "model 'no-such': neither a folder, nor owner/name on the hub, nor one of"),
+    ("train", "--model bag --out new", "model 'bag': a run, should be public weights"),
     ("train", f"{TRAIN} --max-length 41", "--max-length: 41, should be at most 40, the positions of tiny"),
     ("train", f"{TRAIN} --out tiny --overwrite", "--out: tiny exists and is not a run; name another folder"),
     ("train", f"{TRAIN} --out {'x' * 250}", "x cannot be written (File name too long)"),
     ("train", f"{TRAIN} --exit-layers 2,1", "--exit-layers: 2,1, should increase and end at one of the layers 1 to 4"),
     ("train", f"{TRAIN} --task two --data-dir . --model one-type", "one-type: its type_vocab_size is 1, and pairs"),
-    ("evaluate", "bag", "bag: a run of minisweet fit, which is evaluated by: minisweet choose bag"),
+    ("evaluate", "bag", "bag: a run of minisweet fit; evaluate it by: minisweet test bag FILE"),
     ("evaluate", "run other --plot new.png", "other: it was evaluated on other rows, or by another metric"),
     ("evaluate", "bare --plot new.png", "bare: has no evaluation.json; first: python evaluate.py bare"),
     ("evaluate", "run --plot a.png --thresholds 5", "--thresholds: needs a run to evaluate, and --plot only draws"),
     ("evaluate", "bare run", "run: a second run, and only --plot takes several"),
-    ("evaluate", "ee --predict own.csv", "--threshold: is missing; --predict needs it, a number from 0 to 1"),
+    ("evaluate", "ee --predict own.csv", "--threshold: is required by --predict: a number from 0 to 1"),
     ("evaluate", "ee --predict own.csv --threshold 1.5", "--threshold: '1.5', should be a number from 0 to 1"),
     ("evaluate", "ee --threshold 0", "--threshold: needs --predict FILE.tsv"),
     ("evaluate", "ee --predict own.csv --threshold 1 --thresholds 3", "--thresholds: needs a command without --predi"),
@@ -63,6 +64,7 @@ REFUSALS = [
     ("test", "bag own.csv", "own.csv: no row is left to test on: 32 with a label that the model does not know (a, b)"),
     ("test", "bag bag/validation.jsonl", "bag/validation.jsonl: no row is left to test on: "),
     ("predict", "bag own.csv --out own.csv", "--out: own.csv is the input"),
+    ("predict", "bag own.csv --out folder.csv", "--out: folder.csv is a folder"),
     ("predict", "bag bad.jsonl --out new.csv", "bad.jsonl, line 2: 'text' is 5, should be text"),
     ("predict", "bag own.csv --out new.txt", "new.txt: should end in .csv, .tsv, .jsonl"),
     ("explain", "bag", "TEXT: should be a text; or --html FILE and no text"),
@@ -81,6 +83,7 @@ def place(tmp_path_factory, run_of) -> Path:
     write_model(folder / "one-type", "bert", type_vocab_size=1)
     (folder / "two.csv").write_text("sentence1,sentence2,label\n" + "a,it,x\na,to,y\na,of,x\na,in,y\n")
     (folder / "two").mkdir()
+    (folder / "folder.csv").mkdir()
     (folder / "two" / "train.tsv").write_text((folder / "two.csv").read_text().replace(",", "\t"))
     shutil.copy(folder / "two" / "train.tsv", folder / "two" / "dev.tsv")
     (folder / "one.csv").write_text("text,label\n" + "a,x\nb,x\n" * 3)

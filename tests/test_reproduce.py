@@ -53,9 +53,9 @@ def fake_run(folder: Path, options: dict, area: float) -> None:
     record = {"arguments": arguments, "task": "toy", "metric": "accuracy", "precision": "torch.float32", "seconds": 9.5}
     (folder / "run.json").write_text(json.dumps(record))
     curve = {"speedup_ratios": [0.25, 0.5, 1.0], "scores": [area - 8, area - 4, area], "area": area}
-    exits = {"exit_layers": [1, 4], "exit_scores": [area] * 2, "exit_answers": [1, 2]}
+    exits = {"exit_layers": [1, 4], "exit_scores": [area] * 2, "exit_answers": [1, 2], "thresholds": [0.5] * 11}
     (folder / "evaluation.json").write_text(json.dumps(curve | exits))
-    (folder / "validation.jsonl").write_text('{"label": "a"}\n{"label": "b"}\n')
+    (folder / "validation.jsonl").write_text('{"text": "a\u2028b", "label": "a"}\n{"label": "b"}\n', encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -82,7 +82,7 @@ def test_scripts_are_started_as_they_are_typed_and_what_is_there_is_not_made_aga
 
 
 def test_the_search_comes_first_and_runs_that_do_not_converge_are_repeated(grid, monkeypatch):
-    """On two rates. An area of 50 is that of the most frequent class."""
+    """On two rates. An area of 50 is that of the majority class."""
     areas = {"ee": {1e-3: 60, 1e-2: 70}, "sweet": {1e-3: 50, 1e-2: 55}, "mm": {1e-3: 51, 1e-2: 52}}
     words = ["--methods", "ee,sweet,mm", "--lrs", "1e-3,1e-2", "--seeds", "0,1,2"]
     made = []
@@ -107,6 +107,10 @@ def test_the_search_comes_first_and_runs_that_do_not_converge_are_repeated(grid,
     before = [*made]
     assert (grid(*words)[0], made) == (0, before)  # nothing is made again
     assert grid(*words, "--print")[1] == ""
+    evaluation = next(OUT.glob("runs/*seed0/evaluation.json"))
+    evaluation.write_text(evaluation.read_text().replace("0.5, ", ""))  # at one threshold, by hand
+    out = grid(*words, "--print")[1]
+    assert (out.count("\n"), "evaluate.py" in out, "train.py" in out) == (1, True, False)
     text = (OUT / "results.md").read_text()
     assert "| toy | 1e-2: 70.0 ±0.0 | 1e-2: 55.0 ±0.0 | 1e-2: 51.3 ±2.9 |" in text
     assert "toy ee 0.01 seed 1" in text
@@ -140,7 +144,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(grid, monkeypatch):
 def test_without_a_clone_it_is_one_line(grid, monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce, "CLONE", tmp_path)
     status, _, err, started = grid()
-    assert (status, err.count("\n"), "no clone of the repository" in err, started) == (2, 1, True, [])
+    assert (status, err.count("\n"), "not a clone of the repository" in err, started) == (2, 1, True, [])
 
 
 def test_a_curve_is_interpolated_at_the_shares_that_it_reaches(tmp_path):

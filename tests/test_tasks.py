@@ -15,7 +15,7 @@ from minisweet.texts import Examples, read_cells
 from tests.conftest import refused, write_model
 from tests.hub_server import HubServer
 
-ODD = 'say "so\u2028\x85\x0b\x0c\x1c\u00e9 \\'  # characters within a sentence that str.splitlines would stumble over
+ODD = 'say "so\r\u2028\x85\x0b\x0c\x1c\u00e9 \\'  # characters within a sentence that str.splitlines would stumble over
 
 
 # The train and the dev file of each task, with | for a tab, and ! for the characters above.
@@ -131,7 +131,7 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, host, files,
 
 
 # A data set of your own. Its header may name more columns, in any order.
-SINGLE = "label|sentence|note\nno|!|x\nyes|c|y\nno| |z\n"
+SINGLE = "label|sentence|note\nno|!|x\nyes|c|y\nmaybe| |z\n"  # the last row has no text, so that it makes no class
 PAIRS = "sentence2|label|sentence1\nb|no|!\nd|yes|c\n |no| \n"
 
 
@@ -156,7 +156,8 @@ def test_a_data_set_in_glues_layout_is_trained_on_and_evaluated(command, tmp_pat
     words = "--model tiny --data-dir . --task own --exit-layers 1,2,4 --max-length 32 --amp off --out run".split()
     status, _, err = command(train, *words)
     assert "lr 0.0001, epochs 5, seed 0, " in err
-    assert (status, "own: 2 of 2 rows to train on, 2 to validate\nrows without text or label, sk" in err) == (0, True)
+    assert (status, "own: 2 of 2 rows to train on, 2 to validate\ntexts cut" in err) == (0, True)
+    assert [f"{name}.tsv: rows without text or label, skipped: 1\n" in err for name in ("train", "dev")] == [True, True]
     record = read_record(Path("run"))
     assert (record.task, record.labels, record.text_columns) == ("own", ["no", "yes"], columns)
     assert (record.metric, record.arguments.epochs, len(record.losses["sweet"])) == ("accuracy", 5, 5)

@@ -25,12 +25,12 @@ from tqdm import tqdm
 from minisweet.base.files import LOG, InputError, one_line
 
 Made = TypeVar("Made", bound="Options")
-BARS: ContextVar[dict | None] = ContextVar("bars", default=None)  # settings of progress bars
+BARS: ContextVar[dict | None] = ContextVar("bars", default=None)  # settings of progress bars; None for no bars
 
 
 def progress(*args: Any, **options: Any) -> tqdm:
-    """A progress bar on standard error, if that is a terminal, or as BARS says."""
-    return tqdm(*args, **(BARS.get() or {"disable": None}), **options)
+    """A progress bar on standard error, as BARS says."""
+    return tqdm(*args, **(BARS.get() or {"disable": True}), **options)
 
 
 class Notices(logging.Handler):
@@ -161,6 +161,7 @@ def run_command(main: Callable[[], None], prog: str | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     LOG.handlers = [Notices()]  # only commands do this: a program that imports minisweet configures logging itself
     LOG.setLevel(logging.INFO)
+    BARS.set({"disable": None})  # only on a terminal
     try:
         main()
         sys.stdout.flush()

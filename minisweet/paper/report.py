@@ -39,7 +39,7 @@ CAPTION = """
 Scores are in percent: Matthews correlation for CoLA, accuracy elsewhere. ± is a 95% interval over at least three seeds
 (Student's t); for single exits, the standard deviation. [n]: in n runs the exit predicts one class.
 Differences, at each exit and at shares of the layers, are paired over seeds. *: the interval excludes 0. "chance":
-neither method beats the most frequent class; a mean does not count such a task, and is then of (n) tasks.
+neither method beats the majority class; means leave out such tasks, and (n) is the number left.
 """
 
 
@@ -57,14 +57,14 @@ class Run(NamedTuple):
     exits: dict[int, tuple[float, int]]  # by layer: the score, and how many classes the exit predicts
     shares: dict[Fraction, float]  # the curve's scores
     area: float  # under the curve
-    constant: float  # what the most frequent class scores
+    constant: float  # what the majority class scores
     precision: str
     seconds: float  # of training; NaN where the file has none
     commit: str
 
     @property
     def converged(self) -> bool:
-        """Whether the last exit predicts several classes, and beats the most frequent one."""
+        """Whether the last exit predicts several classes, and beats the majority class."""
         score, classes = self.exits[max(self.exits)]
         return classes > 1 and round(score, 4) > round(self.constant, 4)  # as the CSV has them
 
@@ -88,8 +88,8 @@ def run_of(folder: Path, commit: str = "") -> Run:
     scores = np.interp(np.round(np.array(SHARES, float), 9), *curve, left=np.nan, right=np.nan).tolist()
     shares = {share: score for share, score in zip(SHARES, scores, strict=True) if not np.isnan(score)}
     if record["metric"] != "matthews":
-        rows = map(json.loads, (folder / VALIDATION).read_text(encoding="utf-8").splitlines())
-        answers = Counter(row["label"] for row in rows)
+        lines = (folder / VALIDATION).read_text(encoding="utf-8").strip().split("\n")  # not at other line breaks
+        answers = Counter(json.loads(line)["label"] for line in lines)
         constant = 100 * max(answers.values()) / answers.total()
     key = [options[name] for name in ("method", "exit_strategy", "train_size", "lr", "seed")]
     key = [Path(os.path.realpath(options["model"])).name, record["task"], *key, options.get("pooling") or "cls"]
@@ -205,7 +205,7 @@ def row_of(chosen: Chosen, tasks: Sequence[str], method: str, points: Sequence) 
 
 
 def learned(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: Sequence) -> list[str]:
-    """The tasks on which any of these methods beats the most frequent class, on average over seeds and points."""
+    """The tasks on which any of these methods beats the majority class, on average over seeds and points."""
 
     def beats(task: str, method: str) -> bool:
         constant = next(iter(chosen[task, method].values())).constant

@@ -4,7 +4,7 @@
 
 The learning rate of each task and method is searched on the first seed: the rate with the largest area under the
 speed-accuracy curve wins (App. A). All seeds then run at that rate. As in the paper (Sec. 4.2), a run that did not
-converge is repeated with other seeds: up to three, if its last exit is no better than the most frequent class.
+converge is repeated with other seeds: up to three, if its last exit is no better than the majority class.
 
 Each run is made by train.py and evaluate.py of the clone, with the options that you would type. Finished runs are
 skipped, so an interrupted grid resumes at the next call. Writes results.csv after each run, and results.md and
@@ -30,6 +30,7 @@ from minisweet.paper import report
 from minisweet.run import EVALUATION, RECORD, is_run
 from minisweet.tasks import TASKS
 
+THRESHOLDS = 11  # of evaluate.py by default; an evaluation at others is made again
 FURTHER = 3  # seeds that are tried in place of those that did not converge
 TYPED = (
     "pooling exit_strategy train_size epochs max_length batch_size exit_layers device amp".split()
@@ -37,7 +38,7 @@ TYPED = (
 Slot = namedtuple("Slot", ("task", "method", "lr", "seed"))  # one training
 NOTES = """
 Each rate has the largest area on the first seed, measured on the rows that are scored. A run that did not converge (its
-last exit is no better than the most frequent class) stays in results.csv; in the tables the first run with a further
+last exit is no better than the majority class) stays in results.csv; in the tables the first run with a further
 seed that converged takes its place, and is paired like it. Failed runs, as at too high a rate, have no rows.
 """
 
@@ -73,7 +74,7 @@ class Grid:
             for name in ("model", *TYPED[:-2]):  # not device and amp
                 if (wanted := getattr(self.args, name)) not in (None, trained := record["arguments"].get(name, wanted)):
                     raise InputError(f"{folder} was trained with {trained}, not {wanted}; name another --out", name)
-            if (folder / EVALUATION).exists():
+            if (folder / EVALUATION).exists() and len(read_json(folder / EVALUATION)["thresholds"]) == THRESHOLDS:
                 self.complete[slot] = report.run_of(folder)
         return self.complete.get(slot)
 
@@ -160,16 +161,17 @@ def main(words: list[str]) -> None:
     option("--tasks", type=list_of(one_of(*TASKS)), default=glue, help=f"default: {','.join(glue)}")
     known = f"of {', '.join(METHODS)} (default: ee,mm,sweet)"
     option("--methods", type=list_of(one_of(*METHODS)), default=["ee", "mm", "sweet"], help=known)
-    option("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="the first searches (default: 0,1,2)")
+    about = "the first for the search (default: 0,1,2)"
+    option("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help=about)
     option("--lrs", type=list_of(positive_number), help="to search (default: the paper's; small models 5e-5 to 4e-4)")
     option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
     option("--runs", type=Path, help="for the run folders (default: OUT/runs)")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
-    option("--print", action="store_true", help="print the commands that are missing and can run now; run nothing")
+    option("--print", action="store_true", help="print the commands that can run now, one per line; run nothing")
     parser.add_options(TrainingOptions, *TYPED, train_size=6000, epochs=2)
     args = parser.parse_args(words)
     if not (CLONE / "train.py").exists():
-        raise InputError(f"{CLONE}: no clone of the repository, whose train.py and evaluate.py make the runs")
+        raise InputError(f"{CLONE}: not a clone of the repository; train.py and evaluate.py are needed")
     args.runs = args.runs or args.out / "runs"
     config = read_config(model_folder(args.model))
     options, task = parser.make(TrainingOptions, args, method="sweet"), args.tasks[0]
