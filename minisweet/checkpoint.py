@@ -106,11 +106,11 @@ class Pooling:
 
 
 def read_pooling(folder: Path) -> str:
-    """What the exits of a public checkpoint read: "mean" if it was trained to give the mean of its tokens, or "cls"."""
+    """What the exits of a public checkpoint read: "mean" if it was trained to give its tokens' mean, else "cls"."""
     path = folder / POOLING
     if path.exists():
         return "mean" if read_dataclass(Pooling, path).pooling_mode_mean_tokens else "cls"
-    return "mean" if folder.name in SENTENCE_ENCODERS else "cls"
+    return "mean" if folder.resolve().name in SENTENCE_ENCODERS else "cls"
 
 
 def new_encoder(config: Config, num_layers: int) -> TransformerEncoder:

@@ -15,7 +15,7 @@ TABLE_2 = {
     ("deberta", 768, 12): {"ee": (3, 4, 4, 2, 4, 3, 2), "mm": (3, 5, 5, 4, 5, 4, 1), "sweet": (3, 5, 4, 3, 5, 3, 4)},
     ("deberta", 1024, 24): {"ee": (2, 3, 3, 2, 2, 3, 1), "mm": (4, 2, 3, 2, 2, 2, 2), "sweet": (3, 1, 2, 2, 3, 1, 2)},
 }
-SMALL = 512  # models up to this hidden size need larger rates, such as MiniLM with 384
+SMALL = 512  # models up to this hidden size, such as MiniLM (384), need larger rates
 
 
 def resolve(options: TrainingOptions, config: Config, name: str, task: Task, rows: int) -> Resolved:

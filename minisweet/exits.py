@@ -22,8 +22,8 @@ share a pooler, and the gradients of all exits reach DeBERTa's table of relative
 pooler, and the first exit alone updates the table. As in the authors' code, the gradients of all exits are clipped
 together: a large gradient scales down the others but keeps their direction.
 
-An exit reads the output that its encoder was trained for (`Config.pooling`): [CLS] in BERT and DeBERTa, as in the
-paper, and the mean of the tokens in the sentence encoders MiniLM and MPNet.
+`Config.pooling` says what an exit reads: [CLS] in BERT and DeBERTa, as in the paper, and the mean of the tokens in
+MiniLM and MPNet, sentence encoders trained to output it.
 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
@@ -155,7 +155,7 @@ class MultiExitModel(ExitModel):
         exit_layers: increasing, counted from 1 as in the paper.
         num_labels: C.
         method: "sweet" or "ee", which give equal logits from equal weights but different gradients.
-        exit_strategy: "confidence", or "lte" for exits that learn when to be taken.
+        exit_strategy: "confidence", or "lte" for learning-to-exit.
 
     Raises ValueError for any other layers, method or strategy.
     """

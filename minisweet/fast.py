@@ -1,6 +1,6 @@
-"""What only makes a CPU faster. Read the other files first: nothing here changes more than the random draws.
+"""Speed-ups for CPUs. Read the other files first: nothing here changes more than the random draws.
 
-To do without this file, use what a name's docstring says in its place, or nothing. Training then takes about 1.5 times
+To remove this file, replace each name by what its docstring says, or by nothing. Training then takes about 1.5 times
 as long, and other random numbers are drawn, from the same distributions.
 
 Dimension letters: B batch, T tokens, H heads, d head size, V words.

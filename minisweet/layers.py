@@ -73,7 +73,7 @@ class TransformerLayer(nn.Module):
 
 
 def draw_weights(module: nn.Module, std: float) -> None:
-    """Initialise weights at random, as all three encoders and their heads were before pre-training."""
+    """Initialise weights at random, with the standard deviation that the config gives."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             nn.init.normal_(part.weight, std=std)

@@ -15,7 +15,7 @@ def score(predictions: np.ndarray, labels: np.ndarray, metric: str):
         labels: class indices (N,).
         metric: "matthews", which is for classes 0 and 1; anything else means accuracy.
 
-    Matthews correlation is 0 where it is undefined, which is if predictions or labels are all of one class.
+    Matthews correlation is 0 where it is undefined: if predictions or labels are all of one class.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     rows = labels.shape[-1]

@@ -35,7 +35,7 @@ class TrainingOptions(CommonOptions):
     pooling: str | None = option(
         None, one_of("cls", "mean"), "what exits read: cls, or the mean of the tokens (default: the checkpoint's)"
     )
-    train_size: int = option(6000, whole_number(1), "training examples, drawn by the seed")
+    train_size: int = option(6000, whole_number(1), "training rows, sampled with the seed")
     max_length: int = option(256, whole_number(8), "tokens; longer texts are cut")
 
 

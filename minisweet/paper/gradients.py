@@ -91,7 +91,7 @@ def main(words: list[str]) -> None:
     for m, layer in enumerate(exits[:-1]):
         for i, j in combinations(range(m, len(exits)), 2):
             values = f"{mean[m, i, j]:.4f}", f"{deviation[m, i, j]:.4f}"
-            run = Path(options.model).name, records[0].task, options.lr, options.pooling, seeds
+            run = Path(options.model).name, records[0].task, options.lr, options.pooling or "cls", seeds
             rows.append([*run, layer, exits[i], exits[j], *values])
             print(f"layer {layer}, exits {exits[i]} and {exits[j]}: cosine {values[0]} ±{values[1]}")
     with written_beside(args.out) as new, new.open("w", encoding="utf-8", newline="") as file:
