@@ -53,11 +53,11 @@ OF_MPNET = {"query": "attention.attn.q", "key": "attention.attn.k", "value": "at
 OF_MPNET |= {"attention_output": "attention.attn.o", "attention_norm": "attention.LayerNorm"}
 TABLES = {"relative_table": "encoder.rel_embeddings", "relative_bias": "encoder.relative_attention_bias"}
 TABLES |= {"embedding_norm": "embeddings.LayerNorm"}
-# The classifiers of transformers: the class, and its names for the pooler and the classifier of an exit head.
+# The names of an exit head's pooler and classifier in the classifiers of transformers.
 CLASSIFIERS = {
-    "bert": ("BertForSequenceClassification", "bert.pooler.dense", "classifier"),
-    "deberta": ("DebertaForSequenceClassification", "pooler.dense", "classifier"),
-    "mpnet": ("MPNetForSequenceClassification", "classifier.dense", "classifier.out_proj"),
+    "bert": ("pooler.dense", "classifier"),
+    "deberta": ("pooler.dense", "classifier"),
+    "mpnet": ("classifier.dense", "classifier.out_proj"),
 }
 # Tensors with these prefixes are dropped if the model has no such parameter: heads of pre-training and of tasks, a
 # buffer that counts 0, 1, 2, ..., and DeBERTa's absolute positions, which only pre-training used.
@@ -143,8 +143,7 @@ def load_parts(folder: Path, num_layers: int | None = None, num_labels: int = 0)
     L = depth if num_layers is None else num_layers
     if not 1 <= L <= depth:
         raise InputError(f"num_layers: {L}, should be from 1 to {depth}, the layers of {folder}")
-    _, pooler, classifier = CLASSIFIERS[model_type]
-    heads = {"pooler": pooler.removeprefix("bert."), "classifier": classifier}  # from our names to the public ones
+    heads = dict(zip(("pooler", "classifier"), CLASSIFIERS[model_type], strict=True))  # our names to the public ones
     if not num_labels:  # an encoder alone: the pooler is that of a classifier or of pre-training, or there is none
         poolers = [name for name in (heads["pooler"], "pooler.dense") if f"{name}.weight" in slices]
         heads = {"pooler": poolers[0]} if poolers else {}
@@ -160,7 +159,7 @@ def load_parts(folder: Path, num_layers: int | None = None, num_labels: int = 0)
     # Our key has no bias. BERT's adds the same number to all scores of a query, which softmax ignores.
     dropped = [*DROPPED, *(public_name(f"layers.{n}.key.bias", model_type) for n in range(L))]
     dropped += [f"encoder.layer.{n}." for n in range(L, depth)]
-    parts = load_strict(folder / WEIGHTS, make, to_public, dropped)
+    parts = load_strict(folder, make, to_public, dropped)
     if heads:
         parts.encoder.pooler_start = parts["pooler"].state_dict()
     return parts
@@ -195,19 +194,19 @@ def open_weights(folder: Path) -> dict:
 
 
 def load_strict(
-    path: Path, make: Callable[[], Made], to_public: Callable[[str], str] = str, dropped: Sequence[str] = ()
+    folder: Path, make: Callable[[], Made], to_public: Callable[[str], str] = str, dropped: Sequence[str] = ()
 ) -> Made:
-    """Make a module in float32 and load the tensors of a file, each of which must be used or dropped.
+    """Make a module in float32 and load the weights of a folder, each tensor of which must be used or dropped.
 
     Args:
-        path: of the file.
+        folder: of the weights.
         make: makes the module, all of whose buffers must be in its state dict.
         to_public: maps our names to the names in the file.
         dropped: prefixes of names to ignore.
 
     Raises InputError if tensors do not fit. It names the first five, with both shapes.
     """
-    slices = open_weights(path.parent)
+    slices = open_weights(folder)
     problems, tensors = [], {}
     with fast.no_initial_weights():
         module = make()
@@ -229,6 +228,6 @@ def load_strict(
     unused = [name for name in slices if not name.startswith(tuple(dropped))]
     problems += [f"{name} {slices[name].get_shape()} is unexpected" for name in unused]
     if problems:
-        raise InputError(f"{path} does not fit its config.json: {preview(problems)}")
+        raise InputError(f"{folder / WEIGHTS} does not fit its config.json: {preview(problems)}")
     module.load_state_dict(tensors, assign=True)
     return module

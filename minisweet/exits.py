@@ -40,7 +40,7 @@ from minisweet.layers import TransformerEncoder, checked_inputs, draw_weights
 
 EXIT_STRATEGIES = ("confidence", "lte")
 ExitOutput = tuple[Tensor, Tensor | None]  # logits (B, C); certainty (B,), or None without learning-to-exit
-ExitOutputs = Generator[ExitOutput, Tensor | None, None]  # see `MultiExitModel.exit_by_exit`
+ExitOutputs = Generator[ExitOutput, Tensor | None, None]  # see `ExitModel.exit_by_exit`
 
 
 def stop_gradient(x: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class MultiExitModel(ExitModel):
         method: "sweet" or "ee", which give equal logits from equal weights but different gradients.
         exit_strategy: "confidence", or "lte" for learning-to-exit.
 
-    Raises ValueError for any other layers, method or strategy.
+    Raises ValueError for any other layers, method, strategy or pooling.
     """
 
     def __init__(
@@ -169,7 +169,8 @@ class MultiExitModel(ExitModel):
         exit_strategy: str = "confidence",
     ) -> None:
         super().__init__(exit_layers, num_labels, len(encoder.layers))
-        for value, known in ((method, ("sweet", "ee")), (exit_strategy, EXIT_STRATEGIES)):
+        pooling = encoder.config.pooling
+        for value, known in ((method, ("sweet", "ee")), (exit_strategy, EXIT_STRATEGIES), (pooling, ("cls", "mean"))):
             if value not in known:
                 raise ValueError(f"{value!r} is none of {', '.join(known)}")
         self.encoder, self.method = encoder, method

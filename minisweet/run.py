@@ -140,17 +140,6 @@ def read_record(folder: Path) -> Record:
     return read_dataclass(Record, folder / RECORD, content)
 
 
-def check_weights(folder: Path, record: Record) -> None:
-    """Raise InputError if a run has other weights than its record says, or none that can be read."""
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            id_of_file = (file.metadata() or {}).get("id")
-    except Exception as error:  # of safetensors, according to what is wrong with the file
-        raise InputError(f"{folder / WEIGHTS}: not readable ({error})") from None
-    if id_of_file != record.id:
-        raise InputError(f"{folder / WEIGHTS}: belongs to another run than {RECORD} beside it ({id_of_file})")
-
-
 def load_model(folder: Path, record: Record) -> ExitModel:
     """Load the model of a run in float32, in evaluation mode and on the CPU.
 
@@ -166,9 +155,15 @@ def load_model(folder: Path, record: Record) -> ExitModel:
 
 
 def load_weights(folder: Path, record: Record, make: Callable[[], Made]) -> Made:
-    """Make a model and load the weights of a run into it. For the rest see `load_model`."""
-    check_weights(folder, record)
-    return load_strict(folder / WEIGHTS, make).eval()
+    """Make a model and load the weights of a run into it, if they are those of its record; see `load_model`."""
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            id_of_file = (file.metadata() or {}).get("id")
+    except Exception as error:  # of safetensors, according to what is wrong with the file
+        raise InputError(f"{folder / WEIGHTS}: not readable ({error})") from None
+    if id_of_file != record.id:
+        raise InputError(f"{folder / WEIGHTS}: belongs to another run than {RECORD} beside it ({id_of_file})")
+    return load_strict(folder, make).eval()
 
 
 def load_run_tokenizer(folder: Path, record: Record) -> Tokenizer:

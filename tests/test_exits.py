@@ -81,6 +81,8 @@ def test_a_mask_and_types_may_be_left_out_and_padding_on_the_left_is_refused(
 def test_impossible_exits_and_unknown_methods_are_refused(exit_layers, more, reason):
     with pytest.raises(ValueError, match=reason):
         MultiExitModel(tiny_encoder("bert"), exit_layers, 2, *more)
+    with pytest.raises(ValueError, match="'max' is none of cls, mean"):
+        MultiExitModel(tiny_encoder("bert", pooling="max"), (1,), 2)
 
 
 def test_targets_may_be_probabilities():

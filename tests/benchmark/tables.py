@@ -38,8 +38,6 @@ README = [("float32", way, way) for way in RIVALS]
 README += [("float32", "ONNX Runtime", "the fine-tuned model, ONNX Runtime")]
 README += [(kind, "our file, deployed", f"`fit`, ONNX file in {kind}") for kind in ("float32", "int8")]
 README += [("float32", "our file, unlabelled texts, deployed", "`fit`, 30,000 unlabelled texts: the bag answers all")]
-# What the picture of the promise writes in place of a name of the draws.
-CLEARER = {"exit 0 has a say": "with exit 0's logits"}
 
 
 def table(head: list, rows: list[list]) -> str:
@@ -170,7 +168,7 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
     deep, small, lte = select(runs, DEEP), select(runs, SMALL), select(runs, SMALL, "lte")
     tables = [pair_table(deep, DEEP, pair, TASKS[DEEP], papers) for pair, papers in PAPERS.items()]
     others = [pair_table(small, SMALL, pair, TASKS[SMALL], papers) for pair, papers in PAPERS.items()]
-    others.append(pair_table(lte, SMALL, PAIRS[0], ["sst2"], OF_LTE, ", learning-to-exit"))
+    others.append(pair_table(lte, SMALL, PAIRS[0], TASKS[SMALL][:2], OF_LTE, ", learning-to-exit"))
     for row in read_rows(PAPER / "gradients.csv"):
         kind = f"{named(row['task'])}: {'exit n, later ones' if row['layer'] == row['exit'] else 'later ones'}"
         if row["pooling"] == "mean":
@@ -275,8 +273,6 @@ def draw_promises(path: Path) -> None:
     rows = read_rows(CLASSIFIER / "promises.csv")[::-1]
     figure = new_figure(11, 0.24 * len(rows) + 1)
     axis, names = figure.subplots(), [row["texts"].replace("`", "") for row in rows]
-    for name, clearer in CLEARER.items():
-        names = [text.replace(name, clearer) for text in names]
     axis.plot([float(row["broken"]) for row in rows], names, "o", color=COLOURS["sweet"])
     axis.axvline(10, color="black", linestyle="--")
     label_axes(axis, "At most 10% of the draws may break it", "")
