@@ -137,10 +137,9 @@ class Parser(argparse.ArgumentParser):
                 typed = f"--{item.name.replace('_', '-')}"
                 add(typed, type=item.metadata["kind"], default=default, help=about)
 
-    def make(self, kind: type[Made], args: argparse.Namespace, **values: object) -> Made:
-        """The options of a kind, as typed or as given in `values`."""
-        typed = {item.name: getattr(args, item.name) for item in fields(kind) if hasattr(args, item.name)}
-        return kind(**typed | values)
+    def make(self, kind: type[Made], args: argparse.Namespace) -> Made:
+        """The options of a kind, as typed."""
+        return kind(**{item.name: getattr(args, item.name) for item in fields(kind) if hasattr(args, item.name)})
 
     def need(self, args: argparse.Namespace, is_met: object, requirement: str, *names: str) -> None:
         """Raise InputError if one of the options `names` is given although the `requirement` for them is not met."""

@@ -32,9 +32,7 @@ from minisweet.tasks import TASKS
 
 THRESHOLDS = 11  # of evaluate.py by default; an evaluation at others is made again
 FURTHER = 3  # seeds that are tried in place of those that did not converge
-TYPED = (
-    "pooling exit_strategy train_size epochs max_length batch_size exit_layers device amp".split()
-)  # the same for all runs
+SHARED = ["pooling", "exit_strategy", "train_size", "epochs", "max_length", "batch_size", "exit_layers"]  # by all runs
 Slot = namedtuple("Slot", ("task", "method", "lr", "seed"))  # one training
 NOTES = """
 Each rate has the largest area on the first seed, measured on the rows that are scored. A run that did not converge (its
@@ -71,7 +69,7 @@ class Grid:
         folder = self.folder(slot)
         if slot not in self.complete and is_run(folder):
             record = read_json(folder / RECORD)
-            for name in ("model", *TYPED[:-2]):  # not device and amp
+            for name in ("model", *SHARED):
                 if (wanted := getattr(self.args, name)) not in (None, trained := record["arguments"].get(name, wanted)):
                     raise InputError(f"{folder} was trained with {trained}, not {wanted}; name another --out", name)
             if (folder / EVALUATION).exists() and len(read_json(folder / EVALUATION)["thresholds"]) == THRESHOLDS:
@@ -111,9 +109,8 @@ class Grid:
         """The commands that are still needed to train and evaluate a run."""
         args = self.args
         folder = self.folder(slot)
-        options = {name: getattr(args, name) for name in TYPED}
-        options |= {"model": args.model, "data_dir": args.data_dir, "out": folder}
-        train = [] if is_run(folder) else [typed("train.py", **slot._asdict(), **options)]
+        options = {name: getattr(args, name) for name in (*SHARED, "model", "data_dir", "device", "amp")}
+        train = [] if is_run(folder) else [typed("train.py", **slot._asdict(), **options, out=folder)]
         return [*train, typed("evaluate.py", folder, device=args.device, amp=args.amp)]
 
     def make(self, slot: Slot) -> None:
@@ -168,13 +165,13 @@ def main(words: list[str]) -> None:
     option("--runs", type=Path, help="for the run folders (default: OUT/runs)")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     option("--print", action="store_true", help="print the commands that can run now, one per line; run nothing")
-    parser.add_options(TrainingOptions, *TYPED, train_size=6000, epochs=2)
+    parser.add_options(TrainingOptions, *SHARED, "device", "amp", epochs=2)
     args = parser.parse_args(words)
     if not (CLONE / "train.py").exists():
         raise InputError(f"{CLONE}: not a clone of the repository; train.py and evaluate.py are needed")
     args.runs = args.runs or args.out / "runs"
     config = read_config(model_folder(args.model))
-    options, task = parser.make(TrainingOptions, args, method="sweet"), args.tasks[0]
+    options, task = parser.make(TrainingOptions, args), args.tasks[0]
     filled = resolve(options, config, task, TASKS[task], args.train_size)
     args.lrs = args.lrs or search_rates(config)
     args.exit_layers, args.batch_size, args.pooling = filled.exit_layers, filled.batch_size, filled.pooling
