@@ -46,7 +46,7 @@ from minisweet.run import (
     versions,
 )
 from minisweet.sweep import Evaluation, crossfit, spaced_thresholds, sweep
-from minisweet.texts import Examples, Texts, read_cells, read_lines
+from minisweet.texts import Examples, Texts, read_cells
 
 WINDOW = 1024  # new texts that are read, and sorted by length, at once
 
@@ -69,7 +69,7 @@ def main() -> None:
     parser.need(args, not args.predict, "a command without --predict", "thresholds", "plot")
     parser.need(args, args.predict, "--predict FILE.tsv", "threshold")
     if args.predict and args.threshold is None:
-        raise InputError("is required by --predict: a number from 0 to 1", "threshold")
+        raise InputError("is required by --predict (a number from 0 to 1)", "threshold")
     runs = args.runs or [newest_run()]
     tune_cpu()
     if args.plot:
@@ -142,9 +142,7 @@ def predict(folder: Path, file: Path, threshold: float, device: str = "auto", am
         validation = Texts(tokenizer, read_validation(folder, record))
         outputs = ask_all(model, validation, precision, record.metric)
     rule = fit_rule(outputs)
-    columns = record.text_columns or ["sentence"]  # the toy task has no columns
-    has_header = {*columns} <= {*next(read_lines(file), [])}  # as GLUE's test file of CoLA has, unlike the others
-    lines = read_cells(file, columns, () if has_header else record.header)
+    lines = read_cells(file, record.text_columns or ["sentence"], record.header)  # the toy task has no columns
     while chunk := list(islice(lines, WINDOW)):
         texts = Texts(tokenizer, Examples.of([cells for _, cells in chunk]))
         inputs = texts.batch(np.arange(len(texts))).to(place).inputs
@@ -167,11 +165,11 @@ def record_of(folder: Path) -> Record:
 
 def newest_run(runs: Path = Path("runs")) -> Path:
     """The run of train.py under `runs` that was written last. Raises InputError if there is none."""
-    folders = runs.glob(f"[!.]*/{RECORD}")  # a dot: a run that is being written
-    records = [path for path in folders if not read_json(path).get("fit")]
-    if not records:
-        raise InputError(f"{runs}/: no run here; train one with train.py, or name a run folder")
-    return max(records, key=lambda path: path.stat().st_mtime).parent
+    records = runs.glob(f"[!.]*/{RECORD}")  # a dot: a run that is being written
+    for path in sorted(records, key=lambda path: -path.stat().st_mtime):
+        if not read_json(path).get("fit"):
+            return path.parent
+    raise InputError(f"{runs}/: no run of train.py here; train one, or name a run folder")
 
 
 def read_evaluation(folder: Path) -> Evaluation:

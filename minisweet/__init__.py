@@ -7,7 +7,7 @@ To read and to study (B batch, T tokens, D hidden size, L layers, K exits, C cla
     model = MultiExitModel(encoder, exit_layers=(1, 2, 3, 6), num_labels=2, method="sweet")  # or "ee"
     logits = model(input_ids, attention_mask, token_type_ids)    # (K, B, C); call model.eval() first to predict
     model.heads[k].pooler, model.heads[k].classifier             # nn.Linear each, k from 0
-    models = build_multi_model("weights/minilm-l6", exit_layers=(1, 2, 3, 6), num_labels=2)  # MM, called alike
+    models = build_multi_model("weights/minilm-l6", exit_layers=(1, 2, 3, 6), num_labels=2)  # MM, same calls
 
 For your own text (see `help(EarlyExitClassifier)`):
 

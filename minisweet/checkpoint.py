@@ -110,7 +110,7 @@ def read_pooling(folder: Path) -> str:
     path = folder / POOLING
     if path.exists():
         return "mean" if read_dataclass(Pooling, path).pooling_mode_mean_tokens else "cls"
-    return "mean" if folder.resolve().name in SENTENCE_ENCODERS else "cls"
+    return "mean" if {folder.name, folder.resolve().name} & {*SENTENCE_ENCODERS} else "cls"
 
 
 def new_encoder(config: Config, num_layers: int) -> TransformerEncoder:

@@ -45,11 +45,11 @@ def home() -> Path:
 
 def fetch_once(folder: Path, fetch: Callable[[], None]) -> None:
     """Call `fetch`, which fills `folder`, unless it has files. If another process fills it first, that one is used."""
-    if not folder.exists() or (folder.is_dir() and not os.listdir(folder)):
+    if not any(folder.glob("*")):
         try:
             fetch()
         except InputError:
-            if not folder.exists():
+            if not any(folder.glob("*")):
                 raise
 
 
@@ -66,7 +66,7 @@ def model_folder(model: str) -> Path:
         names = ", ".join(REPOSITORIES)
         raise InputError(f"model {model!r:.80}: neither a folder, nor owner/name on the hub, nor one of {names}")
     if (folder / "run.json").is_file():
-        raise InputError(f"model {model!r:.80}: a run, should be public weights; a run is for minisweet fit --trunk")
+        raise InputError(f"model {model!r:.80}: a run, should be public weights; a run of minisweet fit is for --trunk")
     return folder
 
 

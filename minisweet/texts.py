@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
@@ -63,12 +64,16 @@ def read_cells(
     `header` names all columns if the file has no header line. Raises InputError for a file that cannot be read or lacks
     a column, and for a line with too many cells or too few. If `may_be_short`, a line with too few yields [].
     """
-    lines, first = read_lines(path), 1 if header else 2
-    header = header or next(lines, [])
+    lines, start = read_lines(path), 2
+    first = list(islice(lines, 1))
+    has_own = first and len(first[0]) != len(header) and {*columns} <= {*first[0]}  # as GLUE's file of CoLA's new texts
+    if header and not has_own:
+        lines, first, start = chain(first, lines), [list(header)], 1
+    header = first[0] if first else []
     if lacking := [column for column in columns if column not in header]:
         raise InputError(f"{path}: no column {', '.join(lacking)}; its header names {preview(header)}")
     places = [header.index(column) for column in columns]
-    for number, cells in enumerate(lines, first):
+    for number, cells in enumerate(lines, start):
         cells = [""] * len(header) if cells == [""] else cells
         is_short = len(cells) <= max(places)
         if len(cells) > len(header) or (is_short and not may_be_short):

@@ -77,7 +77,7 @@ def test_columns_are_in_the_order_of_numpy(new):
 
 
 @pytest.mark.parametrize(
-    ("names", "kind"), [([-1, 10], int), ([0.5, 2], float), ([np.True_, np.False_], bool), (["b ", np.str_("a")], str)]
+    ("names", "kind"), [([-1, 10], int), ([0.5, 2], float), ([np.True_, np.False_], bool), (["b", np.str_("a")], str)]
 )
 def test_labels_keep_their_type(new, tmp_path, names, kind):
     texts, labels = opinions_of(slice(60))

@@ -94,14 +94,15 @@ def test_new_texts_are_answered_as_the_sweep_decides(copied, command, monkeypatc
     assert [int(layer) for _, _, layer in found] == np.array(record.exit_layers)[taken].tolist()
     expected = confidence.numpy()[taken, np.arange(len(taken))]
     np.testing.assert_allclose([float(value) for _, value, _ in found], expected, atol=2e-5)
-    of_old_version = outputs._replace(exits=(*outputs.exits, 0))
-    for unfit in (of_old_version, outputs._replace(logits=outputs.logits + 1, precision="torch.bfloat16"), None):
+    sharper = outputs._replace(logits=outputs.logits * torch.tensor([3.0, 1.0]), precision="torch.bfloat16")
+    sharper = sharper if name != "lte" else sharper._replace(certainty=outputs.certainty**2)
+    for unfit in (outputs._replace(exits=(*outputs.exits, 0)), sharper, None):
         write_outputs(folder / "logits.safetensors", unfit or outputs, record.id if unfit else "other")
         assert command(evaluate, *words) == (0, out, err)  # the validation rows are run again
     # Files without a header line, as of CoLA, and GLUE's file of new texts, which has one.
-    write_json(folder / "run.json", read_json(folder / "run.json") | {"header": ["source", "sentence"]})
+    write_json(folder / "run.json", read_json(folder / "run.json") | {"header": ["source", "mark", "sentence"]})
     assert command(evaluate, *words)[1] == out
-    Path("new.tsv").write_text("a\tthe film\n")
+    Path("new.tsv").write_text("a\t\tthe film\n")
     assert command(evaluate, *words)[1].count("\n") == 1
     monkeypatch.setattr("minisweet.exits.ExitHead.forward", lambda head, x: (x[:, :2] * np.nan, None))
     write_outputs(folder / "logits.safetensors", outputs, record.id)
@@ -134,7 +135,7 @@ def test_files_of_another_run_are_refused(copied, run_of, command):
 
 
 def test_without_a_run_it_takes_the_newest_that_is_whole(copied, command, tmp_path):
-    assert "no run here" in command(evaluate)[2]
+    assert "no run of train.py here" in command(evaluate)[2]
     run = shutil.move(copied("ee"), tmp_path / "runs" / "newer")
     for name, time in (("older", 1e9), (".written", 1e10)):  # the other is being written
         path = shutil.copytree(run, tmp_path / "runs" / name) / "run.json"

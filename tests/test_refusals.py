@@ -35,7 +35,7 @@ REFUSALS = [
     ("evaluate", "bare --plot new.png", "bare: has no evaluation.json; first: python evaluate.py bare"),
     ("evaluate", "run --plot a.png --thresholds 5", "--thresholds: needs a run to evaluate, and --plot only draws"),
     ("evaluate", "bare run", "run: a second run, and only --plot takes several"),
-    ("evaluate", "ee --predict own.csv", "--threshold: is required by --predict: a number from 0 to 1"),
+    ("evaluate", "ee --predict own.csv", "--threshold: is required by --predict (a number from 0 to 1)"),
     ("evaluate", "ee --predict own.csv --threshold 1.5", "--threshold: '1.5', should be a number from 0 to 1"),
     ("evaluate", "ee --threshold 0", "--threshold: needs --predict FILE.tsv"),
     ("evaluate", "ee --predict own.csv --threshold 1 --thresholds 3", "--thresholds: needs a command without --predi"),

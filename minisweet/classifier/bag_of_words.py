@@ -28,7 +28,7 @@ FIRST, SECOND, PRIME = 1640531513, 1103515245, 2**31 - 1  # a linear hash (Carte
 PRIOR_VARIANCE = 5.0  # of each weight (L2 penalty)
 OF_BIAS = 1e-4  # times that penalty: the bias is hardly penalised
 STEPS = 25  # of L-BFGS; 100 are no better
-CURVATURE = 0.25  # times 1 / C: a share of the loss's at zero weights, since it decreases towards the minimum
+CURVATURE = 0.25  # of the loss, times 1 / C: less than at zero weights, as it decreases towards the minimum
 SCALES = (0.35, 0.7, 1.4)  # of the embeddings, chosen on held-out texts: large for few texts, small for many
 LARGE = 2**21  # numbers in the rows to fit
 

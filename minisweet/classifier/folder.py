@@ -61,7 +61,7 @@ def load_state(folder: Path, threshold: float | None, device: str, amp: str, bat
     place = choose_device(device)
     precision = choose_precision(amp, place)
     trained = Trained(record, about, model.to(place), bag.to(place), tokenizer, read_validation(folder, record))
-    deployed = in_float32(point.threshold if threshold is None else threshold)
+    deployed = point.threshold if threshold is None else in_float32(threshold)
     state = State(trained, logits, point, deployed, place, precision, batch_size)
     if threshold is None and point.precision != str(precision or torch.float32) and point.threshold < 1:
         LOG.warning(state.promise)

@@ -121,13 +121,14 @@ def test(words: list[str]) -> None:
     state = load(args).state
     about, there = state.trained.about, all_columns(args.file)
     column = text_column(args.file, args.text_columns, state.trained.record.text_columns)
-    label = name if (name := about.label_column or "label") in there else None
+    label = next((name for name in (about.label_column, "label") if name in there), None)
     if label == "label" and "exit_layer" in there and "predicted_label" not in there:
         raise InputError(f"{args.file}: its column label was written by predict, should hold the true labels")
     group = about.group_column if about.group_column in there else None
-    if not label:
-        print(f"{args.file}: no column {about.label_column or 'label'}, so all rows count as unlabelled")
-    if about.training_groups and not group:
+    if label != (named := about.label_column or "label"):
+        others = "the labels are those of column label" if label else "all rows count as unlabelled"
+        print(f"{args.file}: no column {named}, so {others}")
+    if about.training_groups + about.validation_groups and not group:
         print(f"{args.file}: no column {about.group_column or 'of groups'}, so each row counts by itself")
     texts, told = state.new_texts(read_texts(args.file, column, label, group), args.file)
     print(f"{args.file}: {told}")

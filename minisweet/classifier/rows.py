@@ -148,8 +148,7 @@ def read_texts(path: Path, column: str, label_column: str | None = None, group_c
 
     def name_in(column: str | None) -> str | None:
         try:
-            name = label_name(row.get(column)) if column else None
-            return name and name.strip()
+            return label_name(row.get(column)) if column else None
         except ValueError as error:
             raise InputError(f"{path}, line {line}: {column!r:.60}: {error}") from None
 
@@ -196,7 +195,7 @@ def label_name(value: object) -> str | None:
         value = int(value)
     if HALF.search(str(value)):
         raise ValueError(f"{value!r:.60} holds half of a character, should be valid Unicode")
-    return str(value)
+    return str(value).strip()
 
 
 def as_list(values: Any, title: str) -> list:

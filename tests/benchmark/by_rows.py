@@ -69,7 +69,7 @@ def draw(task: str, args: argparse.Namespace, seed: int) -> tuple[Examples, Exam
     elif not (paths := args.own if task == "own" else args.list and [args.list]):
         raise InputError(f"--tasks: {task} needs --{task}")
     else:
-        files = [read_rows(path) for path in paths]
+        files = [read_rows(path.resolve(strict=True)) for path in paths]
         labels = sorted({row["label"] for row in files[0]})
         parts = [([row["text"] for row in file], None, [labels.index(row["label"]) for row in file]) for file in files]
         rows, test = Examples(*parts[0]), Examples(*parts[1]) if parts[1:] else None
