@@ -140,9 +140,8 @@ def test_live_decides_as_the_sweep(
     tmp_path_factory, model_type, method, strategy, num_labels, batch_size, seed, pooling
 ):
     """Sec. 3.3: the sweep over the exits' logits is exact."""
-    folder = write_model(tmp_path_factory.mktemp("live"), model_type)
+    folder, batch = write_model(tmp_path_factory.mktemp("live"), model_type), random_batch(seed, batch=16)
     model = undecided_model(folder, method, (1, 2, 4), num_labels, strategy, seed, pooling)
-    batch = random_batch(seed, batch=16)
     with torch.no_grad():
         logits, certainty = map(list, zip(*model.exit_by_exit(*batch), strict=True))
     logits, certainty = torch.stack(logits), torch.stack(certainty) if strategy == "lte" else None

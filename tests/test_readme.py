@@ -17,7 +17,6 @@ import pytest
 
 import evaluate
 import train
-from evaluate import newest_run
 from minisweet import MultiExitModel, toy
 from minisweet import __main__ as package
 from minisweet.classifier.rows import read_rows
@@ -40,14 +39,18 @@ def blocks_of(guide: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w*)\n(.*?)^```", text_of(guide), re.MULTILINE | re.DOTALL)
 
 
+def newest_run() -> str:
+    """The run that was written last, of train.py or of `minisweet fit`."""
+    return str(max(Path("runs").glob("*/run.json"), key=lambda path: path.stat().st_mtime).parent)
+
+
 def run_line(line: str) -> None:
     """Run a command of a guide, if it is one of ours. What it needs and what is not there is made first."""
-    words = (
-        shlex.split(line.partition(" > ")[0], comments=True) if re.match("(python|minisweet|mkdir|tar) ", line) else []
-    )
+    is_ours = re.match("(python|minisweet|mkdir|tar) ", line)
+    words = shlex.split(line.partition(" > ")[0], comments=True) if is_ours else []
     if "reproduce" in words or "gradients" in words:  # a grid takes long, and has tests of its own
         return
-    words = [str(newest_run()) if re.fullmatch(r"RUN\d?", word) else word for word in words]
+    words = [newest_run() if re.fullmatch(r"RUN\d?", word) else word for word in words]
     for option, word in zip(words, words[1:], strict=False):
         if word.endswith((".csv", ".tsv")) and option not in ("--out", "minisweet.toy") and not Path(word).exists():
             columns, between = "text sentence body label team".split(), "\t" if word.endswith(".tsv") else ","
@@ -100,7 +103,7 @@ def test_commands_and_code_run(guide, place, capsys):
             continue
         if kind == "python":
             names = dict(zip(("texts", "labels"), zip(*opinions(60), strict=True), strict=True))
-            exec(compile(block.replace("RUN", str(newest_run())), guide, "exec"), names)
+            exec(compile(block.replace("RUN", newest_run()), guide, "exec"), names)
             assert capsys.readouterr().out
         else:
             for line in re.split(r"\n|&&", block.replace("\\\n", " ")):

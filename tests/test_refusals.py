@@ -64,7 +64,7 @@ REFUSALS = [
     ("test", "bag own.csv", "own.csv: no row is left to test on: 32 with a label that the model does not know (a, b)"),
     ("test", "bag bag/validation.jsonl", "bag/validation.jsonl: no row is left to test on: "),
     ("predict", "bag own.csv --out own.csv", "--out: own.csv is the input"),
-    ("predict", "bag own.csv --out folder.csv", "--out: folder.csv is a folder"),
+    ("predict", "bag own.csv --out two", "--out: two is a folder"),
     ("predict", "bag bad.jsonl --out new.csv", "bad.jsonl, line 2: 'text' is 5, should be text"),
     ("predict", "bag own.csv --out new.txt", "new.txt: should end in .csv, .tsv, .jsonl"),
     ("explain", "bag", "TEXT: should be a text; or --html FILE and no text"),
@@ -83,7 +83,6 @@ def place(tmp_path_factory, run_of) -> Path:
     write_model(folder / "one-type", "bert", type_vocab_size=1)
     (folder / "two.csv").write_text("sentence1,sentence2,label\n" + "a,it,x\na,to,y\na,of,x\na,in,y\n")
     (folder / "two").mkdir()
-    (folder / "folder.csv").mkdir()
     (folder / "two" / "train.tsv").write_text((folder / "two.csv").read_text().replace(",", "\t"))
     shutil.copy(folder / "two" / "train.tsv", folder / "two" / "dev.tsv")
     (folder / "one.csv").write_text("text,label\n" + "a,x\nb,x\n" * 3)
