@@ -28,7 +28,7 @@ from minisweet.methods import build_model
 from minisweet.options import TrainingOptions
 from minisweet.run import Record, check_output, run_name, save_run, versions, weights_id
 from minisweet.tasks import TASKS, find_task, load_examples
-from minisweet.texts import Examples, Texts, load_tokenizer
+from minisweet.texts import Texts, load_tokenizer
 from minisweet.training import fine_tune
 
 
@@ -100,7 +100,7 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
         versions=versions(),
         fit=None,
     )
-    announce(record, texts, rows, len(dev.first))
+    announce(record, texts, len(rows.first), len(dev.first))
 
     # 4. Loop: EE and SWEET are one model, and MM is one per exit.
     start = time.perf_counter()
@@ -117,12 +117,12 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     return record
 
 
-def announce(record: Record, texts: Texts, rows: Examples, dev_rows: int) -> None:
+def announce(record: Record, texts: Texts, all_rows: int, dev_rows: int) -> None:
     """Log what is about to be trained."""
     options = record.arguments
     exits = ",".join(map(str, record.exit_layers))
     LOG.info("%s, exits after layers %s of %d, method %s", options.model, exits, record.depth, options.method)
-    LOG.info("%s: %d of %d rows to train on, %d to validate", record.task, len(texts), len(rows.first), dev_rows)
+    LOG.info("%s: %d of %d rows to train on, %d to validate", record.task, len(texts), all_rows, dev_rows)
     LOG.info("texts cut to %d tokens: %d", options.max_length, texts.is_cut.sum())
     where = f"{record.device}, {record.precision}"
     LOG.info("lr %g, epochs %d, seed %d, %s", options.lr, options.epochs, options.seed, where)

@@ -45,12 +45,10 @@ class Outputs(NamedTuple):
             keys=self.keys[places],
         )
 
-    def decide(self, thresholds: Sequence[float], rule: ExitRule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The exit (from 0) that each text takes at each threshold, its prediction and its cost: (P, N) each."""
+    def decide(self, thresholds: Sequence[float], rule: ExitRule) -> np.ndarray:
+        """The exit that each text takes at each threshold, counted from 0: (P, N)."""
         confidence = rule.confidences(self.logits, self.certainty)  # (K, N)
-        taken = np.stack([exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds])
-        predictions = np.take_along_axis(self.logits.argmax(-1).numpy(), taken, axis=0)
-        return taken, predictions, np.array(self.exits.costs())[taken]
+        return np.stack([exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds])
 
     def folds(self, count: int) -> np.ndarray:
         """The fold of each text, (N,), from 0 to `count` - 1.

@@ -69,18 +69,19 @@ def sweep(folds: Folds, outputs: Outputs, thresholds: list[float]) -> tuple[dict
     """
     K, N, _ = outputs.logits.shape
     labels, metric = outputs.labels.numpy(), outputs.metric
-    taken, costs = np.empty((len(thresholds), N), dtype=np.int64), np.empty((len(thresholds), N))
-    predictions = outputs.logits.argmax(-1).numpy()  # (K, N)
+    taken = np.empty((len(thresholds), N), dtype=np.int64)
     for rule, rows in folds:
-        taken[:, rows], _, costs[:, rows] = outputs.take(rows).decide(thresholds, rule)
-    ratios = costs.mean(1).tolist()  # Eq. 1
+        taken[:, rows] = outputs.take(rows).decide(thresholds, rule)
+    counts = np.stack([np.bincount(row, minlength=K) for row in taken])  # (P, K)
+    ratios = (counts @ outputs.exits.costs() / N).tolist()  # Eq. 1
+    predictions = outputs.logits.argmax(-1).numpy()  # (K, N)
     scores = score(predictions[taken, np.arange(N)], labels, metric).tolist()
     curve = {
         "exit_scores": score(predictions, labels, metric).tolist(),
         "exit_answers": [len(np.unique(answers)) for answers in predictions],
         "scores": scores,
         "speedup_ratios": ratios,
-        "exit_counts": [np.bincount(row, minlength=K).tolist() for row in taken],
+        "exit_counts": counts.tolist(),
         "area": area_under_curve(ratios, scores, 1 / outputs.exits.depth),
     }
     return curve, taken

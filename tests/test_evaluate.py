@@ -83,7 +83,8 @@ def test_new_texts_are_answered_as_the_sweep_decides(copied, command, monkeypatc
     confidence = rule.confidences(outputs.logits, outputs.certainty)  # (K, N)
     sure = confidence[0].unique()
     threshold = float(sure[len(sure) // 2 : len(sure) // 2 + 2].mean())  # between two, so that about half leave
-    (taken,), (labels,), _ = outputs.decide([threshold], rule)
+    taken = outputs.decide([threshold], rule)[0]
+    labels = outputs.logits.argmax(-1).numpy()[taken, np.arange(len(taken))]
     assert len({*taken}) > 1
     Path("new.tsv").write_text("note\tsentence\n" + "".join(f"\t{text}\n" for text in [*rows.first, " "]) + "\n")
     words = folder, "--predict", "new.tsv", "--threshold", threshold
