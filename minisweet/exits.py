@@ -22,8 +22,8 @@ share a pooler, and the gradients of all exits reach DeBERTa's table of relative
 pooler, and the first exit alone updates the table. As in the authors' code, the gradients of all exits are clipped
 together: a large gradient scales down the others but keeps their direction.
 
-`Config.pooling` says what an exit reads: [CLS] in BERT and DeBERTa, as in the paper, and the mean of the tokens in
-MiniLM and MPNet, sentence encoders trained to output it.
+`Config.pooling` says what an exit reads: [CLS] in BERT and DeBERTa, as in the authors' code, and the mean of the tokens
+in MiniLM and MPNet, sentence encoders trained to output it.
 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """

@@ -1,4 +1,4 @@
-"""The commands of own text. Each is a few lines around `EarlyExitClassifier`, and its docstring is its help."""
+"""Commands for own text. Each is a few lines around `EarlyExitClassifier`, and its docstring is its help."""
 
 from argparse import Namespace
 from collections import Counter

@@ -8,8 +8,8 @@ torch exports the bag of words and the model. They become one graph with one `If
         the model's answers replace those of exit 0 in these rows
 
 The file is tried on validation rows, one by one, before it is written. A float32 file has the run's threshold and
-promise, because its answers are the model's. Eight bits change some answers, and so an int8 file gets a threshold and a
-promise of its own, relative to its own full depth.
+promise, because its answers are the model's. Int8 changes some answers, so an int8 file gets a threshold and a promise
+of its own, relative to its own full depth.
 
 Of a batch's B rows, M reach the model.
 """

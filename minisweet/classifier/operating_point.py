@@ -1,8 +1,8 @@
 """The operating point: the threshold that is deployed, what to expect of it on new text, and the promise in words.
 
 The units of the validation rows, which are texts or groups of texts, are split by a hash. A quarter *chooses*: it fits
-the rule of the cascade and picks the thresholds to try. Three quarters *judge* these (promise.py). The numbers of
-judging texts decide whether unlabelled ones join. One text of each group judges.
+the rule of the cascade and picks the thresholds to try. Three quarters *judge* these (promise.py). Only their numbers
+and the goal decide whether unlabelled texts join. One text of each group judges.
 """
 
 import math
@@ -163,8 +163,8 @@ def unlabelled_judge(judges: Answers, goal: Goal) -> bool:
 
 def measure(threshold: float, judges: Answers) -> dict[str, Any]:
     """Measure early exit. Returns values of an `OperatingPoint`."""
-    lost = lost_texts(judges, [threshold])[0]  # (T,)
-    sent = by_text(judges.keys, judges.stay_at([threshold])[0])  # (T,): the share of the layers that run
+    lost = lost_texts(judges, [threshold])[0]  # (U,)
+    sent = by_text(judges.keys, judges.stay_at([threshold])[0])  # (U,): the share of the layers that run
     never = threshold == 1  # all answers are full depth's, at one cost
     rows = judges.scored()
     decided = rows.decide_at([threshold])[0]
@@ -197,7 +197,7 @@ def classification_report(predictions: np.ndarray, labels: np.ndarray, num_label
 
 
 def wilson(values: np.ndarray) -> list[float]:
-    """The 95% interval of a proportion, in percent: Wilson's with continuity correction, of values (T,) from 0 to 1."""
+    """The 95% interval of a proportion, in percent: Wilson's with continuity correction, of values (U,) from 0 to 1."""
     count, n = values.sum(), len(values)
     k = np.array([count - 0.5, count + 0.5])
     low, high = (k + Z**2 / 2 + np.array([-Z, Z]) * np.sqrt(k * (n - k) / n + Z**2 / 4)) / (n + Z**2)

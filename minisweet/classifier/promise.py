@@ -69,7 +69,7 @@ def fixed_sequence(answers: Answers, goal: Goal, thresholds: np.ndarray) -> floa
 
 
 def lost_texts(answers: Answers, thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Whether any row of each of T distinct texts is lost at each of M thresholds: (M, T).
+    """Whether any row of each of U distinct texts is lost at each of M thresholds: (M, U).
 
     A row without a label is lost if early exit changes full depth's answer.
     """
@@ -79,7 +79,7 @@ def lost_texts(answers: Answers, thresholds: Sequence[float] | np.ndarray) -> np
 
 
 def by_text(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Average values (..., N) over the rows of each distinct text, which have equal keys (N,): (..., T)."""
+    """Average values (..., N) over the rows of each distinct text, which have equal keys (N,): (..., U)."""
     order = keys.argsort(kind="stable")
-    _, first, rows = np.unique(keys[order], return_index=True, return_counts=True)  # (T,) each
+    _, first, rows = np.unique(keys[order], return_index=True, return_counts=True)  # (U,) each
     return np.add.reduceat(values[..., order].astype(np.float64), first, axis=-1) / rows

@@ -1,6 +1,6 @@
 """The state of a classifier, which is immutable and replaced as a whole.
 
-The bag of words is asked about all texts, and the model about those that stay.
+The bag of words scores all texts, the model those that stay.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,7 @@
 On training rows that the run did not see, each exit's loss is back-propagated alone, and the gradients that two exits
 send to the same matrix are compared: the cosine similarity of their rows, averaged over the rows. The matrices are the
 last feed-forward matrix of each exit layer except the last, which only its own loss updates. Near 1 the gradients
-agree; near 0 they are orthogonal, which the paper calls conflicting. Of several runs, the mean is shown.
+agree; near 0 they are orthogonal, which the paper calls conflicting. Several runs are averaged.
 
 Dimension letters: K exits, M = K-1 matrices.
 """

@@ -1,8 +1,8 @@
 """Turns runs into results.csv, and into the paper's tables and figures.
 
-It has a row for each run and exit (the score of that exit alone, and in how many classes it answers), and for each run
-and share of the layers (the curve's score there, interpolated as in App. A). A mean over tasks is taken seed by seed,
-so that its deviation is the one over seeds, as in the paper.
+The CSV has a row for each run and exit (the score of that exit alone, and in how many classes it answers), and for each
+run and share of the layers (the curve's score there, interpolated as in App. A). A mean over tasks is taken seed by
+seed, so that its deviation is the one over seeds, as in the paper.
 
 Dimension letters: S seeds, P points (exits, by their layers, or shares of the layers).
 """

@@ -4,7 +4,7 @@
 
 The learning rate of each task and method is searched on the first seed: the rate with the largest area under the
 speed-accuracy curve wins (App. A). All seeds then run at that rate. As in the paper (Sec. 4.2), a run that did not
-converge is repeated with other seeds: up to three, if its last exit is no better than the majority class.
+converge (its last exit is no better than the majority class) is repeated with other seeds, here up to three.
 
 Each run is made by train.py and evaluate.py of the clone, with the options that you would type. Finished runs are
 skipped, so an interrupted grid resumes at the next call. Writes results.csv after each run, and results.md and

@@ -248,7 +248,7 @@ def speed() -> dict[str, str]:
     head = ["method (float32 unless int8)", *times.values(), "accuracy", "macro F1", "layers run"]
     return {
         "speed": table(head, page),
-        "own text": table(["way", "accuracy", "macro F1", "ms per text"], readme),
+        "own text": table(["method", "accuracy", "macro F1", "ms per text"], readme),
     }
 
 
