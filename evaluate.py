@@ -6,7 +6,7 @@
     python evaluate.py runs/NAME --predict new.tsv --threshold 0.9
 
 One forward pass over all validation rows gives the logits of every exit, which determine the decisions at all
-thresholds. No threshold is chosen, and temperatures are cross-fitted on the same rows (minisweet/calibration.py).
+thresholds. No threshold is chosen, and temperatures are cross-fitted on the same rows (minisweet/sweep.py).
 Prints the scores and the curve, and writes logits.safetensors, evaluation.json and curve.png into the run folder.
 
 With --predict it answers new texts by live early exit instead: for each line of the file, which has the columns of the

@@ -28,30 +28,26 @@ class ExitRule:
     """
 
     def __init__(self, num_labels: int, temperatures: Tensor | None = None, ranges: Tensor | None = None) -> None:
-        self.num_labels, self.temperatures, self.ranges = num_labels, temperatures, ranges
+        self.temperatures, self.ranges = temperatures, ranges
         # The lowest possible confidence. At this threshold every instance takes the first exit.
         self.lowest = 1 / num_labels if ranges is None else 0.0
 
-    def calibrated(self, k: int, logits: Tensor) -> Tensor:
-        """Exit k's calibrated logits (n, C), from its logits (n, C), with k counted from 0."""
-        return logits.float() if self.temperatures is None else logits.float() / self.temperatures[k]
+    def apply(self, k: int, logits: Tensor, certainty: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Exit k's calibrated logits (n, C) and confidence (n,) in float32, with k counted from 0.
 
-    def confidence(self, k: int, calibrated: Tensor, certainty: Tensor | None) -> Tensor:
-        """Exit k's confidence (n,) in float32, from calibrated logits (n, C) or, if there is one, certainty (n,)."""
+        They follow from its logits (n, C) and, for learning-to-exit, its certainty (n,).
+        """
+        calibrated = logits.float() if self.temperatures is None else logits.float() / self.temperatures[k]
         if certainty is None or self.ranges is None:
-            return calibrated.softmax(-1).amax(-1)
+            return calibrated, calibrated.softmax(-1).amax(-1)
         low, high = self.ranges[k]
-        return ((certainty.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-
-    def all_calibrated(self, logits: Tensor) -> Tensor:
-        """The calibrated logits (K, N, C) of all exits, from their logits (K, N, C)."""
-        return torch.stack([self.calibrated(k, of_exit) for k, of_exit in enumerate(logits)])
+        return calibrated, ((certainty.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
 
     def confidences(self, logits: Tensor, certainty: Tensor | None = None) -> Tensor:
         """The confidences (K, N) of all exits, from logits (K, N, C) and certainties (K, N)."""
         certainties = [None] * len(logits) if certainty is None else certainty
-        rows = zip(self.all_calibrated(logits), certainties, strict=True)
-        return torch.stack([self.confidence(k, *of_exit) for k, of_exit in enumerate(rows)])
+        exits = zip(logits, certainties, strict=True)
+        return torch.stack([self.apply(k, *of_exit)[1] for k, of_exit in enumerate(exits)])
 
 
 def in_float32(threshold: float) -> float:
@@ -62,8 +58,8 @@ def in_float32(threshold: float) -> float:
 def leaves(confidence: Tensor, threshold: float, lowest: float) -> Tensor:
     """Whether an instance exits, at any exit but the last: confidence (...) to bool (...).
 
-    At threshold 1 no instance exits, not even with a confidence of 1.0; at `lowest` (1/C, or 0) every instance does, as
-    in the paper. Both cases are explicit, because in float32 a probability can round to 1, or to just below 1/C.
+    At threshold 1 no instance exits, not even with a confidence of 1.0; at `lowest` (1/C, or 0) every instance does.
+    Both cases are explicit, because in float32 a probability can round to 1, or to just below 1/C.
     """
     threshold, lowest = in_float32(threshold), in_float32(lowest)
     if threshold <= lowest:

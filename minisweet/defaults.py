@@ -35,7 +35,7 @@ def resolve(options: TrainingOptions, config: Config, name: str, task: Task, row
         "pooling": options.pooling or config.pooling,
         "batch_size": batch_size,
         "lr": options.lr or default_learning_rate(config, name, rates_of),
-        "epochs": options.epochs or max(task.epochs, ceil(task.steps / ceil(rows / batch_size))),
+        "epochs": options.epochs or default_epochs(task.epochs, task.steps, rows, batch_size),
     }
     return Resolved(**vars(options) | filled)
 
@@ -54,7 +54,12 @@ def default_batch_size(config: Config) -> int:
     return 8 if config.model_type == "deberta" and config.hidden_size >= 1024 else 16
 
 
-def default_learning_rate(config: Config, task: str, method: str) -> float:
+def default_epochs(least: int, steps: int, rows: int, batch_size: int) -> int:
+    """At least so many epochs, and enough of them for so many steps."""
+    return max(least, ceil(steps / ceil(rows / batch_size)))
+
+
+def default_learning_rate(config: Config, task: str = "", method: str = "") -> float:
     """The paper's learning rate if it has one (Table 2), or else 1e-4 up to a hidden size of 512, and 5e-5 above."""
     rates = TABLE_2.get((config.model_type, config.hidden_size, config.num_hidden_layers))
     if rates is None or task not in TABLE_2_TASKS:

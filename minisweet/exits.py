@@ -60,11 +60,11 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
 
 
 class ExitHead(nn.Module):
-    """A classifier on what an exit reads: dropout, pooler and activation, dropout, classifier.
+    """A classifier on what an exit reads: dropout, pooler (a linear layer) and activation, dropout, classifier.
 
     The pooler starts from the encoder's `pooler_start` if there is one. Otherwise it is initialised at random, like the
-    classifier. For learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a linear layer
-    next to the classifier learns to predict whether the classifier is right.
+    classifier. For learning-to-exit ("lte", Sec. 5; after Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a
+    linear layer next to the classifier learns to predict whether the classifier is right.
     """
 
     def __init__(self, encoder: TransformerEncoder, num_labels: int, exit_strategy: str = "confidence") -> None:
@@ -188,14 +188,14 @@ class MultiExitModel(ExitModel):
         """As `ExitModel.exit_by_exit`. In SWEET, backward() may be called on each loss before the next exit runs."""
         input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
         heads = dict(zip(self.exit_layers, self.heads, strict=True))
-        hidden, context = self.encoder.embed(input_ids, token_type_ids), self.encoder.context(mask)  # hidden (B, T, D)
-        for n, layer in enumerate(self.encoder.layers, start=1):
+        hidden = self.encoder.embed(input_ids, token_type_ids)  # (B, T, D)
+        context = self.encoder.context(mask)  # the bias for padding, and what MPNet and DeBERTa learn of distances
+        for n, layer in enumerate(self.encoder.layers[: self.exit_layers[-1]], start=1):
             hidden = layer(hidden, context)  # in EE the gradients of all later exits flow back through here
             if n in self.exit_layers:
+                # Pauses here until the caller asks for the next exit. live.py sends which rows go on, others None: all.
                 stay = yield heads[n](pool(hidden, mask, self.encoder.config.pooling))
-                if n == self.exit_layers[-1]:
-                    return
-                if stay is not None:  # go on with some of the rows
+                if stay is not None:
                     mask, hidden = rows_that_stay(stay, mask, hidden)
                     context = self.encoder.context(mask)
                 if self.method == "sweet":

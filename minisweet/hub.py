@@ -1,8 +1,8 @@
 """Public weights and the files of GLUE, fetched on first use.
 
-The presets are the checkpoints that the paper fine-tunes, a small MiniLM for quick runs, and MPNet, which has the size
-of BERT-base and is also on the package index. The client of the hub reads HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and
-HF_HUB_ETAG_TIMEOUT (seconds, default 10).
+The presets are the checkpoints that the paper fine-tunes, and two that are also on the package index: a small MiniLM
+for quick runs, and MPNet, which has the size of BERT-base. The client of the hub reads HF_ENDPOINT, HF_HUB_OFFLINE,
+HF_TOKEN and HF_HUB_ETAG_TIMEOUT (seconds, default 10).
 """
 
 import hashlib
@@ -93,18 +93,22 @@ def _fetch(model: str, folder: Path) -> None:
 
 
 def _from_hub(repository: str, folder: Path) -> None:
-    """Download the files of a model to `folder`. The weights come last, once config and tokenizer are known to work."""
+    """Download the files of a model to `folder`, the weights last, once config and tokenizer are known to work."""
     from huggingface_hub import HfApi, constants, snapshot_download  # it reads HF_ENDPOINT when imported
 
     LOG.info("fetching %s from %s", repository, constants.ENDPOINT)
     # One quick request first: snapshot_download retries an unreachable hub for minutes.
     info = HfApi().model_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     weights = WEIGHTS if WEIGHTS in {file.rfilename for file in info.siblings or ()} else PICKLED
-    for names in (["config.json", POOLING], TOKENIZER_FILES, [weights]):
+
+    def fetch(*names: str) -> None:
         snapshot_download(repository, revision=info.sha, local_dir=folder, allow_patterns=list(names))
-        config = read_config(folder)
-        if names is TOKENIZER_FILES:
-            load_tokenizer(folder, config.vocab_size, config.max_tokens)
+
+    fetch("config.json", POOLING)
+    config = read_config(folder)
+    fetch(*TOKENIZER_FILES)
+    load_tokenizer(folder, config.vocab_size, config.max_tokens)
+    fetch(weights)
 
 
 def _from_packages(model: str, folder: Path, by_hand: str) -> None:

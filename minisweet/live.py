@@ -55,8 +55,9 @@ def early_exit(
         stay = None
         for k in range(len(model.exit_layers)):
             of_exit, certainty = answers.send(stay)  # (R, C), (R,) or None
-            logits[rows] = calibrated = rule.calibrated(k, of_exit)
-            confidence[rows] = sure = rule.confidence(k, calibrated, certainty)
+            calibrated, sure = rule.apply(k, of_exit, certainty)  # (R, C), (R,)
+            logits[rows] = calibrated
+            confidence[rows] = sure
             exits[rows] = k
             stay = ~leaves(sure, threshold, rule.lowest)  # (R,)
             rows = rows[stay]

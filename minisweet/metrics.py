@@ -18,14 +18,11 @@ def score(predictions: np.ndarray, labels: np.ndarray, metric: str):
     Matthews correlation is 0 where it is undefined: if predictions or labels are all of one class.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
-    rows = labels.shape[-1]
     if metric != "matthews":
-        return 100 - 100 * (predictions != labels).sum(-1) / rows
-    are_1 = ((predictions == 1) & (labels == 1), predictions == 1, labels == 1)
-    # float64: the product of four counts of a large dev set does not fit into 64-bit integers
-    both, predicted, actual = (values.sum(-1, dtype=np.float64) for values in are_1)
-    spread = np.sqrt(np.maximum(predicted * (rows - predicted) * actual * (rows - actual), 0))
-    return 100 * (both * rows - predicted * actual) / np.where(spread > 0, spread, np.inf)
+        return 100 - 100 * (predictions != labels).sum(-1) / len(labels)
+    x, y = predictions - predictions.mean(-1, keepdims=True), labels - labels.mean()  # the correlation of 0s and 1s
+    spread = np.sqrt((x**2).sum(-1) * (y**2).sum())
+    return 100 * (x * y).sum(-1) / np.where(spread > 0, spread, np.inf)
 
 
 def area_under_curve(ratios: Sequence[float], scores: Sequence[float], start: float = 0.0) -> float:

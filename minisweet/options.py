@@ -15,8 +15,10 @@ class CommonOptions(Options):
     """What train.py and minisweet fit both take. Raises InputError, which names the option, for a wrong value."""
 
     model: str = option("minilm-l6", name_of, f"{', '.join(REPOSITORIES)}, a folder or a hub id")
-    seed: int = option(0, whole_number(0), "random seed of the subset, new weights, order and dropout")
-    lr: float | None = option(None, positive_number, "initial learning rate (default: by the model and the task)")
+    seed: int = option(0, whole_number(0), "random seed of order and dropout; in train.py also of the rows and heads")
+    lr: float | None = option(
+        None, positive_number, "initial learning rate (default: by the model, and a task of the paper)"
+    )
     epochs: int | None = option(None, whole_number(1), "passes over the data (default: by the task or its rows)")
     batch_size: int | None = option(None, whole_number(1), "examples (default: 16, and 8 for a large DeBERTa)")
     device: str = option("auto", name_of, "auto, cpu, cuda or cuda:N")

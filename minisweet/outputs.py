@@ -107,7 +107,7 @@ def ask_all(model: ExitModel, texts: Texts, precision: torch.dtype | None = None
             [logits if sure is None else torch.cat([logits, sure[:, None]], 1) for logits, sure in exits], 1
         )
 
-    found = run_all(step, texts, next(model.parameters()).device, precision).transpose(0, 1).contiguous()
+    found = run_all(step, texts, next(model.parameters()).device, precision).transpose(0, 1)
     C = model.num_labels
     return Outputs(
         logits=found[..., :C].contiguous(),

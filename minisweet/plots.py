@@ -14,7 +14,7 @@ from minisweet.metrics import METRICS
 from minisweet.sweep import Evaluation
 
 # One colour per method in all pictures: Okabe and Ito's, which the colour-blind can tell apart.
-COLOURS = {"sweet": "#D55E00", "ee": "#0072B2", "mm": "#009E73", "other": "#56B4E9"}
+COLOURS = {"sweet": "#D55E00", "ee": "#0072B2", "mm": "#009E73"}
 LINES = ("-", "--", "-.", ":")  # of the curves that share a colour
 
 
@@ -38,7 +38,7 @@ def save_figure(figure, path: Path) -> None:
 
 def draw_line(axis, method: str, ratios: ArrayLike, scores: ArrayLike, label: str, marker: str = ".") -> str:
     """Draw a curve in the colour of its method. Returns the colour."""
-    colour = COLOURS.get(method, COLOURS["other"])
+    colour = COLOURS[method]
     before = sum(line.get_color() == colour and line.get_label()[0] != "_" for line in axis.lines)
     style = LINES[before % len(LINES)]
     axis.plot(ratios, scores, style, color=colour, marker=marker, label=label)
@@ -65,7 +65,7 @@ def draw_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
         if (evaluation.task, evaluation.metric, evaluation.examples) != rows:
             raise InputError(f"{name[:120]}: it was evaluated on other rows, or by another metric, than {first[:120]}")
         tail = name if len(name) <= 60 else f"...{name[-57:]}"  # where folders differ
-        label = f"{METHODS.get(evaluation.method, evaluation.method)}, {one_line(tail)}".replace("$", r"\$")
+        label = f"{METHODS[evaluation.method]}, {one_line(tail)}".replace("$", r"\$")
         draw_line(axis, evaluation.method, evaluation.speedup_ratios, evaluation.scores, label)
     title = f"{one_line(of_first.task, 30)}, {of_first.examples:,} rows"
     label_axes(axis, title, f"{METRICS[of_first.metric]}, in percent")

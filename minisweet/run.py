@@ -35,7 +35,7 @@ class Record:
     """The record of a run, as in run.json."""
 
     id: str = ""  # the SHA-256 of the weights
-    arguments: TrainingOptions  # with all defaults filled in
+    arguments: TrainingOptions  # with defaults filled in; the epochs of `fit` depend on the stage
     task: str
     labels: list[str]  # (C,)
     metric: Literal["accuracy", "matthews"]

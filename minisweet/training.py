@@ -4,13 +4,16 @@
         forward and backward: one backward() per exit, or for EE one on the summed loss
         clip the gradient, step, decay the learning rate
 
+The loss is the sum of the losses of all exits, unweighted, and one step updates all parameters. As in the authors'
+code there is no weight decay and no warm-up, and gradients are clipped to a norm of 1.
+
 By default train.py uses AMP on CUDA and on CPUs with bfloat16 instructions (devices.py).
 
 Dimension letters: B batch, K exits.
 """
 
-from collections.abc import Sequence
 from itertools import chain
+from math import ceil
 
 import numpy as np
 import torch
@@ -54,7 +57,7 @@ def fine_tune(
     Raises InputError if a loss, or a trained parameter, is infinite or NaN.
     """
     model.to(device).train()
-    steps = epochs * -(-len(texts) // batch_size)
+    steps = epochs * ceil(len(texts) / batch_size)
     batches = chain.from_iterable(texts.shuffled(batch_size, seed, epoch) for epoch in range(epochs))
     losses: list[list[float]] = []
     with (
@@ -97,6 +100,6 @@ def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, p
     return torch.stack(losses).detach()
 
 
-def sum_losses(losses: Sequence[Tensor]) -> Tensor:
+def sum_losses(losses: list[Tensor]) -> Tensor:
     """EE's one loss: the sum of the losses of all exits."""
-    return torch.stack(list(losses)).sum()
+    return torch.stack(losses).sum()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisweet.calibration import fit_temperature
-from minisweet.classifier.cascade import PRIOR_OF_WEIGHT, Logits, Rule, fit_answer, fit_rule
+from minisweet.classifier.cascade import PRIOR_OF_WEIGHT, CascadeRule, Logits, fit_answer, fit_cascade
 
 
 def drawn_labels(logits: torch.Tensor, seed: int) -> torch.Tensor:
@@ -28,7 +28,7 @@ def logits_of(bag: torch.Tensor, model: torch.Tensor, labels: torch.Tensor) -> L
 
 def test_decisions_at_a_threshold_are_those_of_a_plain_loop():
     bag, model = random_logits(2, 300, 3)
-    answers = Rule(2.0, 0.5, 0.3).answers(logits_of(bag, model, torch.zeros(300).long()))
+    answers = CascadeRule(2.0, 0.5, 0.3).answers(logits_of(bag, model, torch.zeros(300).long()))
     for threshold in (0.0, 1 / 3, 0.5, float(answers.confidence[7]), 1.0):
         for n in range(300):
             sure = (bag[n] / 2).softmax(-1).max()
@@ -43,9 +43,9 @@ def test_without_labels_full_depth_keeps_its_temperature():
     logits = random_logits(4000, 3)
     labels = drawn_labels(logits / 2, 0)  # so that 2 is the right temperature
     some = logits_of(logits * 0.3, logits, labels)
-    assert fit_rule(some, False)[:2] == pytest.approx([0.6, 2.0], rel=0.1)
+    assert fit_cascade(some, False)[:2] == pytest.approx([0.6, 2.0], rel=0.1)
     for combines in (False, True):  # no label, no say
-        rule = fit_rule(some._replace(labels=some.labels * 0 - 1), combines)
+        rule = fit_cascade(some._replace(labels=some.labels * 0 - 1), combines)
         assert rule == (pytest.approx(fit_temperature(logits * 0.3, logits.argmax(-1))), 1.0, 0.0)
 
 
@@ -76,7 +76,7 @@ def test_few_texts_choose_little_of_the_weight():
 def test_full_depth_is_fitted_to_labels_first_and_the_bag_then_to_its_answers():
     (bag, model), has_label = random_logits(2, 600, 3), torch.arange(600) < 300
     labels = drawn_labels(model / 2 + bag / 2, 2).where(has_label, -1)
-    rule = fit_rule(logits_of(bag, model, labels), True)
+    rule = fit_cascade(logits_of(bag, model, labels), True)
     calibrated = bag / fit_temperature(bag[has_label], labels[has_label])
     T, w = fit_answer(model[has_label], calibrated[has_label], labels[has_label])
     full = model / T + w * calibrated

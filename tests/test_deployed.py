@@ -11,7 +11,7 @@ import torch
 from minisweet.base.files import read_json, write_json
 from minisweet.classifier.folder import load_state, save_state
 from minisweet.classifier.promise import Goal
-from minisweet.classifier.state import State, chosen
+from minisweet.classifier.state import State, choose_state
 from minisweet.texts import Examples
 from tests.conftest import WORDS, random_bag, random_batch, refused
 
@@ -25,7 +25,7 @@ def test_what_is_loaded_is_what_was_saved(own_run, tmp_path):
     groups, labels = [f"group {n % 5}" for n in range(12)], [n % 3 - 1 for n in range(13)]
     validation = Examples(rows, None, labels, groups=[None, *groups])
     trained = load(own_run).trained._replace(bag=random_bag(2), validation=validation)
-    made = chosen(trained, Goal(max_lost=40.0, sure=60.0), torch.device("cpu"), None)
+    made = choose_state(trained, Goal(max_lost=40.0, sure=60.0), torch.device("cpu"), None)
     save_state(tmp_path / "run", made, overwrite=False)
     again = load(tmp_path / "run")
     assert (again.trained.record, again.trained.about, again.point) == (trained.record, trained.about, made.point)

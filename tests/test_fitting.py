@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from minisweet import EarlyExitClassifier, load_encoder
 from minisweet.base.files import read_json, write_json
 from minisweet.classifier import fit as training
-from minisweet.classifier.fit import EPOCHS, EPOCHS_AGAIN, STEPS, epochs_of
+from minisweet.classifier.fit import EPOCHS, EPOCHS_AGAIN, STEPS
 from minisweet.classifier.main import choose, fit
 from minisweet.classifier.main import test as check
 from minisweet.classifier.operating_point import CHOOSING
 from minisweet.classifier.probe import embed
 from minisweet.classifier.state import State
 from minisweet.classifier.trunk import load_trunk
+from minisweet.defaults import default_epochs
 from minisweet.run import read_record
 from tests import conftest
 from tests.conftest import OWN, opinions, random_batch, write_classifier, write_model, write_rows
@@ -109,12 +110,12 @@ def test_epochs_follow_from_what_is_learned(command, monkeypatch):
     status, _, err = command(fit, *"own.csv --unlabelled more.csv --unlabelled most.csv".split(), *options)
     assert status == 0, err
     assert titles == ["fine-tuning", "learning from its own answers"]
-    assert steps == [epochs_of(240, 4) * 240 // 4, EPOCHS_AGAIN * (240 + 400) // 4]  # of 300, and of 600 others
+    assert steps == [default_epochs(EPOCHS, STEPS, 240, 4) * 60, EPOCHS_AGAIN * 160]  # 240 of 300, 400 of 600 others
 
 
 def test_epochs_make_so_many_steps_and_are_so_many_at_least():
     for rows in (1, 16 * STEPS // EPOCHS, 16 * STEPS // EPOCHS + 1, 10**6):
-        steps, epochs = math.ceil(rows / 16), epochs_of(rows, 16)
+        steps, epochs = math.ceil(rows / 16), default_epochs(EPOCHS, STEPS, rows, 16)
         assert epochs == EPOCHS or (epochs - 1) * steps < STEPS
         assert epochs >= max(EPOCHS, STEPS / steps)
 

@@ -38,7 +38,7 @@ def test_the_command_writes_the_mean_of_the_runs(command, tmp_path, monkeypatch)
     model, runs = write_model(tmp_path / "tiny", "bert"), (Path("run0"), Path("run1"))
     for seed, run in enumerate(runs):
         assert command(train, *quick(model, "--method", "ee", "--lr", "1e-3", "--seed", seed, "--out", run))[0] == 0
-    found = np.stack([gradients.measure(run, 2, tmp_path) for run in runs])
+    found = np.stack([gradients.similarities_of_run(run, 2, tmp_path) for run in runs])
     one = found[0]  # of one run the deviation is that of its batches
     for named, mean, parts in ((runs, found.mean((0, 1)), found.mean(1)), (runs[:1], one.mean(0), one)):
         assert command(gradients, *named, "--batches", 2)[0] == 0

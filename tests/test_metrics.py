@@ -34,10 +34,10 @@ def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
     logits = torch.randn(2, 3, 2)
     rule = fit_rule(Outputs(logits, certainty, *[None] * 4))
     torch.testing.assert_close(rule.ranges, torch.tensor([[0.2, 0.6], [0.5, 0.5]]))
-    assert torch.equal(rule.all_calibrated(logits), logits)
     confidence = rule.confidences(logits, certainty)
     torch.testing.assert_close(confidence[0], torch.tensor([0.0, 0.25, 1.0]))
-    of_new_text = rule.confidence(0, logits[0], torch.tensor([0.1, 0.4, 0.9]))
+    calibrated, of_new_text = rule.apply(0, logits[0], torch.tensor([0.1, 0.4, 0.9]))
+    assert torch.equal(calibrated, logits[0])
     torch.testing.assert_close(of_new_text, torch.tensor([0.0, 0.5, 1.0]))
     assert confidence.isfinite().all()  # also of an exit that is equally certain of all
 
@@ -69,10 +69,11 @@ def test_a_temperature_of_nothing_is_one():
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30))
-def test_matthews_correlation_is_the_correlation_of_two_vectors(pairs):
+def test_matthews_correlation_follows_from_the_confusion_matrix(pairs):
     predictions, labels = np.array(pairs).T
-    spread = predictions.std() * labels.std()
-    expected = 100 * ((predictions * labels).mean() - predictions.mean() * labels.mean()) / spread if spread else 0
+    counts = np.array([[pairs.count((p, label)) for label in (0, 1)] for p in (0, 1)])
+    spread = np.prod([*counts.sum(0), *counts.sum(1)]) ** 0.5
+    expected = 100 * np.linalg.det(counts) / spread if spread else 0
     assert score(predictions, labels, "matthews") == pytest.approx(expected, abs=1e-9)
     accuracies = score(np.stack([predictions, labels]), labels, "accuracy")
     assert accuracies == pytest.approx([100 * np.mean(predictions == labels), 100])

@@ -17,7 +17,7 @@ import torch
 
 from minisweet import EarlyExitClassifier, load_encoder
 from minisweet.adaptive import leaves
-from minisweet.classifier.cascade import Rule
+from minisweet.classifier.cascade import CascadeRule
 from minisweet.classifier.folder import save_choice
 from minisweet.classifier.main import choose, export
 from minisweet.classifier.probe import with_linear_head
@@ -62,7 +62,7 @@ def exported(tmp_path_factory):
         if head == "linear":
             model = with_linear_head(load_encoder(folder, pooling="mean"), 3).eval()
             torch.nn.init.normal_(model.heads[0].linear.weight, std=4.0)
-        rule = Rule(0.8, 1.5, weight)
+        rule = CascadeRule(0.8, 1.5, weight)
         return model, bag, rule, onnx.export_graph(model, bag, 0.7, rule, int8)
 
     return made
@@ -190,7 +190,7 @@ def test_int8_promises_anew_against_its_own_full_depth(own_run, run_of, tmp_path
     singles = [texts.batch(np.array([row])).inputs for row in range(len(texts))]
     first, last = np.log([[ask(session, one, threshold)[0][0] for one in singles] for threshold in (0.0, 1.0)])
     numbers = {value.name: to_array(value) for value in onnx.onnx.load(file).graph.initializer}
-    rule = Rule(*(float(numbers[name]) for name in Rule._fields))
+    rule = CascadeRule(*(float(numbers[name]) for name in CascadeRule._fields))
     bag = first * rule.bag_temperature
     model = (last - rule.weight * first) * rule.temperature
     own = its.logits._replace(bag=torch.from_numpy(bag), model=torch.from_numpy(model))

@@ -146,7 +146,8 @@ def test_live_decides_as_the_sweep(
     rule = ExitRule(num_labels, torch.rand(len(logits)) + 0.5)
     if strategy == "lte":
         rule = ExitRule(num_labels, ranges=torch.stack(certainty.aminmax(dim=1), dim=1))
-    confidence, calibrated = rule.confidences(logits, certainty), rule.all_calibrated(logits)
+    confidence = rule.confidences(logits, certainty)
+    calibrated = torch.stack([rule.apply(k, of_exit, None)[0] for k, of_exit in enumerate(logits)])
     for threshold in spaced_thresholds(11, rule.lowest):
         live = early_exit(model, *batch, threshold, rule, batch_size)
         swept = exits_taken(confidence, threshold, rule.lowest)

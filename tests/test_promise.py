@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisweet.classifier.cascade import Answers, Logits, Rule
+from minisweet.classifier.cascade import Answers, CascadeRule, Logits
 from minisweet.classifier.operating_point import (
     choose,
     choosers_and_judges,
@@ -22,7 +22,7 @@ from minisweet.classifier.operating_point import (
 from minisweet.classifier.promise import Goal, fixed_sequence, how_sure
 
 GOAL = Goal()
-plain = Rule(1.0, 1.0, 0.0).answers  # of calibrated logits
+plain = CascadeRule(1.0, 1.0, 0.0).answers  # of calibrated logits
 
 
 def two_exits(sure, early, full, labels) -> Logits:

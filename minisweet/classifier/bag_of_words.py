@@ -81,8 +81,8 @@ class NgramExit(nn.Module):
 
 
 @torch.no_grad()
-def fit_ngrams(bag: NgramExit, batches: Sequence[Inputs], targets: Tensor, embeddings: Tensor) -> float:
-    """Fit a bag of words in place, on the CPU. Returns the scale of the embeddings that held-out texts chose.
+def fit_ngrams(bag: NgramExit, batches: Sequence[Inputs], targets: Tensor, embeddings: Tensor) -> None:
+    """Fit a bag of words in place, on the CPU. Held-out texts choose the scale of the embeddings.
 
     Args:
         bag: what was in it before does not count.
@@ -107,7 +107,6 @@ def fit_ngrams(bag: NgramExit, batches: Sequence[Inputs], targets: Tensor, embed
     bag.table.zero_()[: len(embeddings)] = features.known @ dense[:-1]
     bag.table[features.used] += free
     bag.bias.copy_(dense[-1])
-    return scale
 
 
 class Features:

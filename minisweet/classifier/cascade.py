@@ -77,7 +77,7 @@ class Answers(NamedTuple):
         return np.where(self.stay_at(thresholds), self.full, self.early)
 
 
-class Rule(NamedTuple):
+class CascadeRule(NamedTuple):
     """The three numbers that are fitted: two temperatures, and the weight of the bag of words at full depth."""
 
     bag_temperature: float
@@ -99,7 +99,7 @@ class Rule(NamedTuple):
         return Answers(first.softmax(-1).amax(-1), *classes, logits.labels, logits.keys, first.shape[1])
 
 
-def fit_rule(logits: Logits, combines: bool) -> Rule:
+def fit_cascade(logits: Logits, combines: bool) -> CascadeRule:
     """Fit both temperatures and, if `combines`, the weight of the bag of words at full depth."""
     labels = torch.from_numpy(logits.labels)
     known = labels >= 0
@@ -114,11 +114,11 @@ def fit_rule(logits: Logits, combines: bool) -> Rule:
         temperature = fit_temperature(logits.model[known], labels[known])
 
     # 2. The bag of words is fitted to all rows. The answers of full depth replace missing labels.
-    full = Rule(bag_temperature, temperature, weight).at_full_depth(logits.bag, logits.model)
+    full = CascadeRule(bag_temperature, temperature, weight).at_full_depth(logits.bag, logits.model)
     fitted = fit_temperature(logits.bag, labels.where(known, full.argmax(-1)))
 
     # 3. The weight was fitted to the bag's logits over `bag_temperature`; the rule divides them by `fitted`.
-    return Rule(fitted, temperature, weight * fitted / bag_temperature)
+    return CascadeRule(fitted, temperature, weight * fitted / bag_temperature)
 
 
 def fit_answer(logits: Tensor, bag_logits: Tensor, labels: Tensor) -> tuple[float, float]:

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
-from minisweet.base.commands import BARS, Notices, Options, number, whole_number
+from minisweet.base.commands import BARS, Made, Notices, number, whole_number
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError
 from minisweet.classifier.explain import explain
@@ -21,11 +21,11 @@ from minisweet.classifier.folder import load_state, save_state
 from minisweet.classifier.operating_point import OperatingPoint, measure
 from minisweet.classifier.promise import Goal
 from minisweet.classifier.rows import label_name, labelled_texts, names_of, texts_of, with_text
-from minisweet.classifier.state import Answer, State, chosen
+from minisweet.classifier.state import Answer, State, choose_state
 
 PARAMETERS = vars(FitOptions()) | vars(Goal()) | {"verbose": 0}
-THRESHOLD, AT_MOST = number(0, 1), whole_number(1)
-Made = TypeVar("Made", bound=Options)
+THRESHOLD = number(0, 1)
+TEXTS_AT_ONCE = whole_number(1)
 
 
 @contextmanager
@@ -161,7 +161,7 @@ class EarlyExitClassifier:
         """Train, choose, and replace the state."""
         options, goal = self._options(FitOptions), self._options(Goal)
         device = choose_device(options.device)
-        self._state = chosen(train(options, given), goal, device, choose_precision(options.amp, device))
+        self._state = choose_state(train(options, given), goal, device, choose_precision(options.amp, device))
 
     def _options(self, kind: type[Made]) -> Made:
         return kind(**{name: getattr(self, name) for name in vars(kind())})
@@ -173,7 +173,7 @@ class EarlyExitClassifier:
         """
         given = {name: value for name, value in (("max_lost", max_lost), ("sure", sure)) if value is not None}
         goal, state = replace(self._options(Goal), **given), self.state
-        self._state = chosen(state.trained, goal, state.device, state.precision, state.logits, state.batch_size)
+        self._state = choose_state(state.trained, goal, state.device, state.precision, state.logits, state.batch_size)
         return self
 
     @property
@@ -239,7 +239,7 @@ class EarlyExitClassifier:
         `threshold` is from 0 to 1, None for the one that was chosen. `batch_size` is how many texts run at once.
         """
         options = FitOptions(device=device, amp=amp)
-        AT_MOST.check("batch_size", batch_size)
+        TEXTS_AT_ONCE.check("batch_size", batch_size)
         if threshold is not None:
             THRESHOLD.check("threshold", threshold)
         classifier = cls()

@@ -12,7 +12,6 @@ import copy
 import hashlib
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ from minisweet.classifier.split import Split, class_numbers, classes_of, split_r
 from minisweet.classifier.state import FitRecord, Trained, in_groups
 from minisweet.classifier.trunk import Trunk, load_trunk
 from minisweet.config import Config
-from minisweet.defaults import SMALL, default_batch_size
+from minisweet.defaults import default_batch_size, default_epochs, default_learning_rate
 from minisweet.exits import MultiExitModel
 from minisweet.hub import model_folder
 from minisweet.options import CommonOptions, TrainingOptions
@@ -44,11 +43,6 @@ from minisweet.training import fine_tune
 EPOCHS, STEPS = 4, 200  # the least epochs and steps of fine-tuning (tried.md)
 # Self-training, if more texts are unlabelled than labelled: the maximum number of unlabelled texts, and the epochs.
 MOST_AGAIN, EPOCHS_AGAIN = 5000, 2
-
-
-def epochs_of(rows: int, batch_size: int) -> int:
-    """How many epochs fine-tuning takes, by the number of rows to learn from."""
-    return max(EPOCHS, ceil(STEPS / ceil(max(1, rows) / batch_size)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +110,13 @@ def start_from(options: FitOptions) -> Source:
     """
     trunk = load_trunk(Path(options.trunk)) if options.trunk else None
     folder = Path(options.trunk) if options.trunk else model_folder(options.model)
-    config, length = read_config(folder), trunk.max_length if trunk else None
+    config = read_config(folder)
+    length = trunk.max_length if trunk else None
     if options.max_length and length and options.max_length != length:  # the keys of cut texts would change
         raise InputError(f"{options.max_length}, should be {length}, as of the trunk {options.trunk}", "max_length")
     max_length = options.max_length or length or min(TrainingOptions.max_length, config.max_tokens)
     tokenizer = load_tokenizer(folder, config.vocab_size, max_length, config.max_tokens)
-    lr = options.lr or (1e-4 if config.hidden_size <= SMALL else 5e-5)  # minisweet/tried.md
+    lr = options.lr or default_learning_rate(config)
     batch_size = options.batch_size or default_batch_size(config)
     return Source(options, folder, config, trunk, tokenizer, lr, batch_size, max_length)
 
@@ -132,7 +127,8 @@ def split_data(given: Given, source: Source) -> Split:
     labels = source.trunk.labels if source.trunk else classes_of(given.rows.names or [])
     if not labels:
         raise InputError(f"{given.name}: no row has a label")
-    examples, count = joined(*parts), len(given.validation.first) if given.validation else 0
+    examples = joined(*parts)
+    count = len(given.validation.first) if given.validation else 0
     numbers = class_numbers(examples.names or [], labels, source.options.trunk)
     texts = Texts(source.tokenizer, examples._replace(labels=numbers.tolist()))
     split = split_rows(given.name, texts, labels, count, source.options.dev_size)
@@ -199,16 +195,16 @@ def start_record(given: Given, source: Source, split: Split) -> tuple[Record, Fi
 def train_model(model: MultiExitModel, split: Split, source: Source) -> dict[str, list]:
     """The probe, then all layers; and once more if more texts are unlabelled than labelled. Returns the losses."""
     options, labelled = source.options, split.texts.take(split.labelled)
-    epochs = options.epochs or epochs_of(len(labelled), source.batch_size)
+    epochs = options.epochs or default_epochs(EPOCHS, STEPS, len(labelled), source.batch_size)
     vectors = embed(model.encoder.eval().to(choose_device(options.device)), labelled)
     fit_probe(model.cpu().heads[0], vectors, torch.from_numpy(labelled.labels))
     losses = {"fine-tuning": tune(model, labelled, epochs, source, "fine-tuning")}
     if len(labelled) < len(split.unlabelled):
         again = np.sort(np.random.default_rng(0).permutation(split.unlabelled)[:MOST_AGAIN])
         answers = answers_of(options, model, split.texts.take(again))
-        known, name = split.texts.take(np.concatenate([split.labelled, again])), "learning from its own answers"
-        epochs = options.epochs or EPOCHS_AGAIN
-        losses[name] = tune(model, with_answers(known, answers), epochs, source, name)
+        known = split.texts.take(np.concatenate([split.labelled, again]))
+        title = "learning from its own answers"
+        losses[title] = tune(model, with_answers(known, answers), options.epochs or EPOCHS_AGAIN, source, title)
     return losses
 
 

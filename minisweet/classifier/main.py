@@ -11,7 +11,7 @@ from shlex import quote
 from minisweet.base.commands import Parser, name_of, path_to, progress
 from minisweet.base.files import InputError, one_line
 from minisweet.classifier.cascade import Answers
-from minisweet.classifier.estimator import AT_MOST, THRESHOLD, EarlyExitClassifier
+from minisweet.classifier.estimator import TEXTS_AT_ONCE, THRESHOLD, EarlyExitClassifier
 from minisweet.classifier.explain import print_exits, write_page
 from minisweet.classifier.fit import FitOptions, Given
 from minisweet.classifier.folder import save_choice, save_state
@@ -70,7 +70,7 @@ def read_files(args: Namespace, name: str) -> Given:
     label = args.label_column or "label"
     column = text_column(first, args.text_columns)
     if args.file and label == column:
-        raise InputError(f"--text-columns: {column}, should not be the label column")
+        raise InputError(f"{column}, should not be the label column", "text_columns")
 
     def read(file: Path, label: str | None) -> Examples:
         own = column if file is first else text_column(file, args.text_columns, [column])
@@ -84,14 +84,14 @@ def read_files(args: Namespace, name: str) -> Given:
 
 
 def choose(words: list[str]) -> None:
-    """Choose the threshold of a run by the loss that you allow, from saved logits.
+    """Choose the threshold of a run by the loss that you allow, from saved logits of the same precision.
 
         minisweet choose runs/tickets                     # at most 3 in 100 texts are lost, 90% sure
         minisweet choose runs/tickets --max-lost 1 --sure 95
 
     A text is lost if full depth, which runs all layers, is right and early exit is wrong. The promise holds for one
-    goal that is fixed in advance, not for the best of several. Writes operating.json, which test, predict, explain and
-    export read.
+    goal that is fixed in advance, not for the best of several. Writes operating.json and logits.safetensors, which the
+    other commands read.
     """
     parser = parser_of(choose)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
@@ -99,6 +99,7 @@ def choose(words: list[str]) -> None:
     parser.add_options(TrainingOptions, "device", "amp")
     args = parser.parse_args(words)
     goal = parser.make(Goal, args)
+    # At threshold 1 nothing is promised yet, so that no warning speaks of the precision of an old promise.
     classify = EarlyExitClassifier.load(args.run, threshold=1.0, device=args.device, amp=args.amp)
     classify.choose(goal.max_lost, goal.sure)
     save_choice(args.run, classify.state)
@@ -118,7 +119,7 @@ def test(words: list[str]) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl")
     parser.add_argument("--text-columns", type=name_of, help="(default: as in training, or text or sentence)")
     args = parser.parse_args(words)
-    state = load(args).state
+    state = load(args)
     about, there = state.trained.about, all_columns(args.file)
     column = text_column(args.file, args.text_columns, state.trained.record.text_columns)
     label = next((name for name in (about.label_column, "label") if name in there), None)
@@ -180,8 +181,8 @@ def predict(words: list[str]) -> None:
     option("--text-columns", type=name_of, help="(default: as in training, or text or sentence)")
     args = parser.parse_args(words)
     if args.out and (args.out.is_dir() or args.out.resolve() == args.file.resolve()):
-        raise InputError(f"--out: {args.out} is {'a folder' if args.out.is_dir() else 'the input'}; name another file")
-    state = load(args).state
+        raise InputError(f"{args.out} is {'a folder' if args.out.is_dir() else 'the input'}; name another file", "out")
+    state = load(args)
     record = state.trained.record
     column = text_column(args.file, args.text_columns, record.text_columns)
     rows, there = read_rows(args.file), all_columns(args.file)
@@ -223,7 +224,7 @@ def explain(words: list[str]) -> None:
         raise InputError("TEXT: should be a text; or --html FILE and no text")
     of_text = "threshold", "batch_size", "device", "amp"
     parser.need(args, args.text is not None, "TEXT; the page shows saved answers", *of_text)
-    state = load(args).state
+    state = load(args)
     if args.text is not None:
         print_exits(state, args.text)
     else:
@@ -261,14 +262,14 @@ def add_options(parser: Parser) -> None:
     option("run", type=Path, metavar="RUN", help="run folder")
     about = "exit at this confidence; at 1 all texts run to the last exit (default: the one that was chosen)"
     option("--threshold", type=THRESHOLD, help=about)
-    option("--batch-size", type=AT_MOST, default=32, help="texts that run at once (default: 32)")
+    option("--batch-size", type=TEXTS_AT_ONCE, default=32, help="texts that run at once (default: 32)")
     parser.add_options(TrainingOptions, "device", "amp")
 
 
-def load(args: Namespace) -> EarlyExitClassifier:
+def load(args: Namespace) -> State:
     """Load the run that a command's options name."""
     options = {name: getattr(args, name) for name in ("threshold", "device", "amp", "batch_size")}
-    return EarlyExitClassifier.load(args.run, **options)
+    return EarlyExitClassifier.load(args.run, **options).state
 
 
 def print_choice(folder: Path, classify: EarlyExitClassifier) -> None:

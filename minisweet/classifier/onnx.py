@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from minisweet.base.commands import progress
 from minisweet.base.files import InputError, written_beside
 from minisweet.classifier.bag_of_words import NgramExit
-from minisweet.classifier.cascade import Rule
+from minisweet.classifier.cascade import CascadeRule
 from minisweet.classifier.operating_point import choosers_and_judges
 from minisweet.classifier.state import State
 from minisweet.exits import MultiExitModel
@@ -115,7 +115,7 @@ def full_depth(graph: GraphProto, rows: str, first: str, early: str) -> GraphPro
 
 
 def write_graph(model: MultiExitModel, bag: NgramExit) -> ModelProto:
-    """Write the whole graph. Besides the inputs of the file it has the numbers of a `Rule`."""
+    """Write the whole graph. Besides the inputs of the file it has the numbers of a `CascadeRule`."""
     writer, of_bag, C = Writer("early_exit"), exported("bag_of_words", bag, 2), model.num_labels
     add = writer.add
     zero, one, two, lowest = (add("Constant", value_float=value) for value in (0.0, 1.0, 2.0, 1 / C))
@@ -136,14 +136,14 @@ def write_graph(model: MultiExitModel, bag: NgramExit) -> ModelProto:
     depth = add("Constant", value_int=len(model.encoder.layers))
     add("Mul", add("Cast", stay, to=INT64), depth, outputs=OUTPUTS[2:])
     inputs = [make_tensor_value_info(name, INT64, ["batch", "tokens"]) for name in INPUTS]
-    inputs += [make_tensor_value_info(name, FLOAT, []) for name in ("threshold", *Rule._fields)]
+    inputs += [make_tensor_value_info(name, FLOAT, []) for name in ("threshold", *CascadeRule._fields)]
     shapes: list[tuple[int, list[str | int]]] = [(FLOAT, ["batch", C]), (FLOAT, ["batch"]), (INT64, ["batch"])]
     outputs = [make_tensor_value_info(name, *shape) for name, shape in zip(OUTPUTS, shapes, strict=True)]
     graph = make_graph(writer.nodes, writer.name, inputs, outputs, of_bag.initializer)
     return make_model(graph, opset_imports=[make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
 
-def export_graph(model: MultiExitModel, bag: NgramExit, threshold: float, rule: Rule, int8: bool = False) -> ModelProto:
+def export_graph(model: MultiExitModel, bag: NgramExit, threshold: float, rule: CascadeRule, int8: bool) -> ModelProto:
     """The graph of a bag of words and a model, with a rule for their exits. `threshold` is the default of an input.
 
     With `int8` weights have eight bits, with a scale per column. Only seven bits are used: with all eight, products
@@ -170,12 +170,12 @@ def export_graph(model: MultiExitModel, bag: NgramExit, threshold: float, rule: 
                 value.type.tensor_type.shape.dim[0].dim_value = 1
     for graph in graphs_in(file.graph):  # With shapes ONNX Runtime fuses sums and LayerNorms: batches take longer.
         del graph.value_info[:]
-    del file.graph.input[-len(Rule._fields) :]  # which are constants from here on
+    del file.graph.input[-len(CascadeRule._fields) :]  # which are constants from here on
     set_rule(file, threshold, rule)
     return file
 
 
-def set_rule(file: ModelProto, threshold: float, rule: Rule) -> None:
+def set_rule(file: ModelProto, threshold: float, rule: CascadeRule) -> None:
     """Give a file, in place, a default threshold and a rule."""
     new = {"threshold": threshold} | rule._asdict()
     kept = [value for value in file.graph.initializer if value.name not in new]
@@ -241,7 +241,7 @@ def describe(file: ModelProto, state: State, int8: bool) -> None:
 
 def choose_for_int8(file: ModelProto, state: State, texts: Texts) -> State:
     """Choose for an int8 file, in place, from its own answers."""
-    set_rule(file, 0.0, Rule(1.0, 1.0, 0.0))
+    set_rule(file, 0.0, CascadeRule(1.0, 1.0, 0.0))
     # All texts leave at exit 0 at threshold 0, and none does at 1.
     early, full = (one_by_one(file, texts, threshold=np.array(at, np.float32))[0][0] for at in (0, 1))
     bag, model = (torch.from_numpy(part).clamp(min=1e-37).log() for part in (early, full))  # (N, C) each

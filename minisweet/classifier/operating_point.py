@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from minisweet.adaptive import in_float32
-from minisweet.classifier.cascade import Answers, Logits, Rule, fit_rule
+from minisweet.classifier.cascade import Answers, CascadeRule, Logits, fit_cascade
 from minisweet.classifier.promise import Goal, by_text, fixed_sequence, lost_texts, most_lost, texts_needed
 from minisweet.classifier.split import UNLABELLED_PER_JUDGE, dealt, one_of_each
 
@@ -52,9 +52,9 @@ class OperatingPoint:
     precision: str  # of the logits
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> CascadeRule:
         """The rule of the cascade."""
-        return Rule(self.temperatures[0], self.temperatures[1], self.weights[1])
+        return CascadeRule(self.temperatures[0], self.temperatures[1], self.weights[1])
 
     @property
     def promise(self) -> str:
@@ -102,7 +102,7 @@ def choose(logits: Logits, goal: Goal, known: Collection[int] = (), combines: bo
     has_judges = min(len(choosing), len(judging)) > 0
     if not has_judges:
         choosing = judging = np.arange(len(logits.labels))
-    rule = fit_rule(logits.take(choosing), combines)
+    rule = fit_cascade(logits.take(choosing), combines)
     choosers, judges = (rule.answers(logits.take(rows)) for rows in (choosing, judging))
     if not unlabelled_judge(judges, goal):
         choosers, judges = choosers.take(choosers.is_labelled), judges.take(judges.is_labelled)

@@ -63,7 +63,7 @@ def most_lost(texts: int, goal: Goal) -> int:
 
 def fixed_sequence(answers: Answers, goal: Goal, thresholds: np.ndarray) -> float:
     """Test ascending thresholds (M,) from the last, 1, downwards. Returns the one above a failure, or the lowest."""
-    lost = lost_texts(answers, thresholds)  # (M, T)
+    lost = lost_texts(answers, thresholds)  # (M, U)
     passes = how_sure(lost.shape[1], lost.sum(1), goal.max_lost / 100) >= goal.sure / 100  # (M,)
     return float(thresholds[max(np.flatnonzero(~passes[:-1]), default=-1) + 1])
 

@@ -111,26 +111,26 @@ class Split(NamedTuple):
         return np.concatenate([self.labelled, self.unlabelled])
 
 
-def split_rows(name: str, texts: Texts, labels: Sequence[str], given: int, dev_size: float) -> Split:
+def split_rows(name: str, texts: Texts, labels: Sequence[str], validation_rows: int, dev_size: float) -> Split:
     """Split rows so that those of one unit are on one side.
 
     Args:
         name: of the data, for errors.
         texts: all rows, with the class of each, -1 for none.
         labels: the names of the classes.
-        given: how many rows at the end are for validation. If 0, some labelled rows are set aside instead.
+        validation_rows: how many rows at the end are for validation. If 0, some labelled rows are set aside instead.
         dev_size: the share of the labelled units to set aside.
 
     Raises InputError if the rows have fewer than two classes, or none is left on a side.
     """
     units = units_of(texts)
-    end = len(texts) - given
+    end = len(texts) - validation_rows
     if not end:
         raise InputError(f"{name}: no row has a label")
     labelled, unlabelled = np.flatnonzero(texts.labels[:end] >= 0), np.flatnonzero(texts.labels[:end] < 0)
     if len(classes := np.unique(texts.labels[labelled])) == 1:
         raise InputError(f"{name}: all rows have the label {labels[classes[0]]!r:.60}, needs two or more")
-    if given:
+    if validation_rows:
         learning, validating = labelled, np.arange(end, len(texts))
         is_apart = ~np.isin(units[validating], units[labelled])
         # A text that is also learned from stays. It does not count when thresholds are chosen, and is reported there.
@@ -147,11 +147,11 @@ def split_rows(name: str, texts: Texts, labels: Sequence[str], given: int, dev_s
     for rows, purpose in ((learning, "learn from"), (validating, "validate on")):
         if lacking := [labels[n] for n in np.setdiff1d(texts.labels[labelled], texts.labels[rows])]:
             LOG.warning("no row to %s has the label %s", purpose, preview(lacking))
-    judges = 0 if given else MOST_JUDGES  # rows that are given may come from another source than the others
+    judges = 0 if validation_rows else MOST_JUDGES  # rows that are given may come from another source than the others
     answered, judging = deal_unlabelled(texts.keys, units, unlabelled, learning, validating, judges)
     if not len(validating) + len(judging):
         shortage = f"{len(answered)} unlabelled ones, needs at least {UNLABELLED_PER_JUDGE}"
-        shortage = "the groups of all that were given are trained on" if given else shortage
+        shortage = "the groups of all that were given are trained on" if validation_rows else shortage
         raise InputError(f"{name}: too few validation texts: {shortage}")
     if not len(learning) + len(answered):
         raise InputError(f"{name}: no text is left to learn from: all of them validate too")

@@ -213,7 +213,7 @@ class State:
         ]
 
 
-def chosen(
+def choose_state(
     trained: Trained,
     goal: Goal,
     device: torch.device,

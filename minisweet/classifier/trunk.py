@@ -34,8 +34,8 @@ def load_trunk(folder: Path) -> Trunk:
     """
     if is_run(folder):
         record, about = read_fit_record(folder)
-        model, seen = load_model(folder, record, about), (record.trained_keys, about.training_groups)
-        return Trunk(model, record.labels, about.head, about.label_type, *seen, record.arguments.max_length)
+        own = about.head, about.label_type, record.trained_keys, about.training_groups, record.arguments.max_length
+        return Trunk(load_model(folder, record, about), record.labels, *own)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; should be a run, or a classifier of Hugging Face", "trunk")
     path = folder / "config.json"

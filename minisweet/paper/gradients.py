@@ -43,7 +43,7 @@ def exit_similarities(model: MultiExitModel, batch: Batch) -> np.ndarray:
     return similarity
 
 
-def measure(folder: Path, batches: int, data_dir: Path) -> np.ndarray:
+def similarities_of_run(folder: Path, batches: int, data_dir: Path) -> np.ndarray:
     """Compare the exits' gradients on some batches of rows that a run has not seen: (batches, M, K, K)."""
     record = read_record(folder)
     options, size = record.arguments, record.arguments.batch_size
@@ -57,10 +57,11 @@ def measure(folder: Path, batches: int, data_dir: Path) -> np.ndarray:
     order = np.random.default_rng(options.seed).permutation(len(rows.first))
     unseen = order[~np.isin(order, record.subset)]
     if len(unseen) < batches * size:
-        raise InputError(f"--batches: {batches} of {size} rows, and {record.task} has {len(unseen)} other rows")
-    tokenizer, seen = load_run_tokenizer(folder, record), [row for row in record.subset if row < len(rows.first)]
+        raise InputError(f"{batches} of {size} rows, and {record.task} has {len(unseen)} other rows", "batches")
+    tokenizer = load_run_tokenizer(folder, record)
+    seen = [row for row in record.subset if row < len(rows.first)]
     if not np.isin(Texts(tokenizer, rows.take(seen[:100])).keys, record.trained_keys).all():
-        raise InputError(f"--data-dir: {data_dir} has other rows of {record.task} than {folder} was trained on")
+        raise InputError(f"{data_dir} has other rows of {record.task} than {folder} was trained on", "data_dir")
     texts = Texts(tokenizer, rows.take(unseen[: batches * size].tolist()))
     (model,) = load_model(folder, record).to(device).models_alone  # in evaluation mode: no dropout
     parts = np.arange(len(texts)).reshape(-1, size)
@@ -81,7 +82,8 @@ def main(words: list[str]) -> None:
     for folder, record, own in zip(args.runs, records, alike, strict=True):
         if (record.task, own) != (records[0].task, alike[0]):
             raise InputError(f"RUN: {folder} is of another task or has other options than {args.runs[0]}")
-    found = np.stack([measure(folder, args.batches, args.data_dir) for folder in args.runs])  # (runs, batches, M, K, K)
+    of_runs = [similarities_of_run(folder, args.batches, args.data_dir) for folder in args.runs]
+    found = np.stack(of_runs)  # (runs, batches, M, K, K)
     mean = found.mean((0, 1))
     exits = records[0].exit_layers
     options = records[0].arguments

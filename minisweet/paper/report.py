@@ -73,7 +73,8 @@ class Run(NamedTuple):
         return self.exits.get(point, (np.nan, 0))[0] if isinstance(point, int) else self.shares.get(point, np.nan)
 
 
-KEY, LAST = Run._fields[:8], Run._fields[10:]  # what tells a commit's runs apart; what follows the scores in the file
+KEY = "model task method strategy train_size rate seed pooling".split()  # what tells a commit's runs apart
+LAST = "area constant precision seconds commit".split()  # what follows the scores in the file
 Chosen = dict[tuple[str, str], dict[int, Run]]  # the runs that are shown, by task and method, and by seed
 
 
@@ -81,12 +82,13 @@ def run_of(folder: Path, commit: str = "") -> Run:
     """What train.py and evaluate.py wrote of a run."""
     record = read_json(folder / RECORD)
     options = record["arguments"]
-    found, constant = read_json(folder / EVALUATION), 0.0
+    found = read_json(folder / EVALUATION)
     of_exits = zip(found["exit_scores"], found["exit_answers"], strict=True)
     exits = dict(zip(found["exit_layers"], of_exits, strict=True))
     curve = np.round(found["speedup_ratios"], 9), found["scores"]
     scores = np.interp(np.round(np.array(SHARES, float), 9), *curve, left=np.nan, right=np.nan).tolist()
     shares = {share: score for share, score in zip(SHARES, scores, strict=True) if not np.isnan(score)}
+    constant = 0.0
     if record["metric"] != "matthews":
         lines = (folder / VALIDATION).read_text(encoding="utf-8").strip().split("\n")  # not at other line breaks
         answers = Counter(json.loads(line)["label"] for line in lines)
@@ -124,7 +126,8 @@ def write_runs(path: Path, runs: Sequence[Run]) -> None:
             last = [f"{run.area:.4f}", f"{run.constant:.4f}", run.precision, seconds, run.commit]
             rows = [[layer, "", f"{score:.4f}", classes] for layer, (score, classes) in run.exits.items()]
             rows += [["", share, f"{score:.4f}", ""] for share, score in run.shares.items()]
-            writer.writerows([*run[:5], rate_text(run.rate), *run[6:8], *row, *last] for row in rows)
+            key = run._asdict() | {"rate": rate_text(run.rate)}
+            writer.writerows([*(key[name] for name in KEY), *row, *last] for row in rows)
 
 
 def rate_text(rate: float) -> str:
@@ -231,9 +234,14 @@ def compare(chosen: Chosen, tasks: Sequence[str], pair: tuple[str, str], points:
 
 def differences(chosen: Chosen, tasks: Sequence[str], pair: tuple[str, str], points: Sequence) -> list[list[str]]:
     """One method minus another, by points: the rows of a table, the mean over the tasks and each task."""
-    groups = {"**mean**": tasks} if len(tasks) > 1 else {}
-    groups |= {named(task): [task] for task in tasks}
-    return [[name, *(compare(chosen, its, pair, [point])[0] for point in points)] for name, its in groups.items()]
+    groups = with_mean(tasks, "**mean**").items()
+    return [[name, *(compare(chosen, its, pair, [point])[0] for point in points)] for name, its in groups]
+
+
+def with_mean(tasks: Sequence[str], title: str) -> dict[str, Sequence[str]]:
+    """All tasks together if there are several, by this title, and then each task alone, by its name."""
+    together = {title: tasks} if len(tasks) > 1 else {}
+    return together | {named(task): [task] for task in tasks}
 
 
 def named(*of: str) -> str:
@@ -251,8 +259,7 @@ def table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
 
 def tables(chosen: Chosen, tasks: Sequence[str], methods: Sequence[str]) -> str:
     """All tables of some runs: rates and areas; scores and differences, of the mean over all tasks and of each task."""
-    some = {f"mean of {len(tasks)}": tasks} if len(tasks) > 1 else {}
-    some |= {named(task): [task] for task in tasks}
+    some = with_mean(tasks, f"mean of {len(tasks)}")
     layers = sorted({n for runs in chosen.values() for run in runs.values() for n in run.exits})
     shares = [Fraction(1, 24), *SHOWN[1:]] if 24 in layers else SHOWN
     rows = []
@@ -272,7 +279,7 @@ def tables(chosen: Chosen, tasks: Sequence[str], methods: Sequence[str]) -> str:
     return text + CAPTION
 
 
-def draw_curves(path: Path, panels: dict[str, tuple[Chosen, Sequence[str]]], methods: Sequence[str]) -> None:
+def draw_panels(path: Path, panels: dict[str, tuple[Chosen, Sequence[str]]], methods: Sequence[str]) -> None:
     """Draw the methods' curves to a PNG: means over seeds, and 95% intervals. A panel is of runs and tasks."""
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -283,7 +290,7 @@ def draw_curves(path: Path, panels: dict[str, tuple[Chosen, Sequence[str]]], met
         for method in methods:
             if len(values := seed_means(chosen, tasks, (method,), SHARES)):
                 mean, _, half = mean_and_spread(values)
-                colour = plots.draw_line(axis, method, ratios, mean, METHODS.get(method, method), marker="")
+                colour = plots.draw_line(axis, method, ratios, mean, METHODS[method], marker="")
                 axis.fill_between(ratios, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
         plots.label_axes(axis, title, "score, in percent")
     plots.save_figure(figure, path)

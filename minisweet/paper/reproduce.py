@@ -64,7 +64,7 @@ class Grid:
         name += f"-n{self.args.train_size}-seed{slot.seed}" + "-lte" * (self.args.exit_strategy == "lte")
         return self.args.runs / name
 
-    def run(self, slot: Slot) -> report.Run | None:
+    def finished(self, slot: Slot) -> report.Run | None:
         """A run that is evaluated; None if there is none. Raises InputError if it has other options."""
         folder = self.folder(slot)
         if slot not in self.complete and is_run(folder):
@@ -80,30 +80,30 @@ class Grid:
         """The runs of the search of a task and method."""
         return [Slot(*pair, lr, self.args.seeds[0]) for lr in self.args.lrs]
 
-    def averaged(self, pair: tuple[str, str]) -> list[Slot]:
+    def at_best_rate(self, pair: tuple[str, str]) -> list[Slot]:
         """The runs at the best rate, and further seeds, one at a time, for those that did not converge.
 
         Empty until the search is complete.
         """
         search, seeds = self.search(pair), self.args.seeds
-        rate = report.best_rate([run for slot in search if (run := self.run(slot))], seeds[0])
+        rate = report.best_rate([run for slot in search if (run := self.finished(slot))], seeds[0])
         if rate is None or not self.are_tried(search):
             return []
         slots = [Slot(*pair, rate, seed) for seed in [*seeds, *range(max(seeds) + 1, max(seeds) + 1 + FURTHER)]]
         for count in range(len(seeds), len(slots)):
-            runs = [run for slot in slots[:count] if (run := self.run(slot))]
+            runs = [run for slot in slots[:count] if (run := self.finished(slot))]
             if not self.are_tried(slots[:count]) or sum(run.converged for run in runs) >= len(seeds):
                 return slots[:count]
         return slots
 
     def are_tried(self, slots: list[Slot]) -> bool:
         """Whether all of some runs are complete, or have failed."""
-        return all(self.run(slot) or slot in self.failed for slot in slots)
+        return all(self.finished(slot) or slot in self.failed for slot in slots)
 
     def missing(self) -> list[Slot]:
         """The runs that are not complete, the search first."""
-        slots = [slot for of in (self.search, self.averaged) for pair in self.pairs for slot in of(pair)]
-        return [slot for slot in dict.fromkeys(slots) if self.run(slot) is None]
+        slots = [slot for of in (self.search, self.at_best_rate) for pair in self.pairs for slot in of(pair)]
+        return [slot for slot in dict.fromkeys(slots) if self.finished(slot) is None]
 
     def commands(self, slot: Slot) -> list[list[str]]:
         """The commands that are still needed to train and evaluate a run."""
@@ -114,25 +114,24 @@ class Grid:
         return [*train, typed("evaluate.py", folder, device=args.device, amp=args.amp)]
 
     def make(self, slot: Slot) -> None:
-        """Train and evaluate a run, and write results.csv."""
+        """Train and evaluate a run, and write results.csv, or note that it failed."""
         for command in self.commands(slot):
-            if not self.run(slot) and subprocess.run(command).returncode:
+            if not self.finished(slot) and subprocess.run(command).returncode:
                 break
-        if self.run(slot):
-            self.write_runs()
-
-    def write_runs(self) -> None:
-        """Write results.csv."""
-        report.write_runs(self.args.out / "results.csv", list(self.complete.values()))
+        if self.finished(slot):
+            report.write_runs(self.args.out / "results.csv", list(self.complete.values()))
+        else:
+            self.failed.add(slot)  # the others go on
 
     def write(self) -> None:
         """Write results.csv, and what is made of it."""
         args = self.args
         runs = list(self.complete.values())
         chosen = {}
-        self.write_runs()
+        report.write_runs(args.out / "results.csv", runs)
         for pair in self.pairs:
-            chosen[pair] = report.counted([run for slot in self.averaged(pair) if (run := self.run(slot))], args.seeds)
+            found = [run for slot in self.at_best_rate(pair) if (run := self.finished(slot))]
+            chosen[pair] = report.counted(found, args.seeds)
         missing = [self.folder(slot).name for slot in self.missing()]
         unlike = [f"{run.task} {run.method} {run.rate:g} seed {run.seed}" for run in runs if not run.converged]
         text = f"# {args.model}, exit strategy {args.exit_strategy}\n\nSeeds {', '.join(map(str, args.seeds))}; up to "
@@ -143,9 +142,9 @@ class Grid:
             text += f"\n{what}: {', '.join(names) or 'none'}\n"
         with written_beside(args.out / "results.md") as new:
             new.write_text(text, encoding="utf-8")
-        panels = {f"mean over {len(args.tasks)} tasks": (chosen, args.tasks)} if len(args.tasks) > 1 else {}
-        panels |= {task: (chosen, [task]) for task in args.tasks}
-        report.draw_curves(args.out / "curves.png", panels, args.methods)
+        groups = report.with_mean(args.tasks, f"mean over {len(args.tasks)} tasks")
+        panels = {title: (chosen, tasks) for title, tasks in groups.items()}
+        report.draw_panels(args.out / "curves.png", panels, args.methods)
         print(f"{args.out}: results.csv, results.md, curves.png, of {len(runs)} runs; {len(missing)} missing")
 
 
@@ -154,7 +153,6 @@ def main(words: list[str]) -> None:
     parser = Parser(__doc__, "minisweet reproduce")
     option = parser.add_argument
     glue = [task for task in TASKS if task != "toy"]
-    option("--model", default="minilm-l6", help="a preset, a folder or a hub id (default: minilm-l6)")
     option("--tasks", type=list_of(one_of(*TASKS)), default=glue, help=f"default: {','.join(glue)}")
     known = f"of {', '.join(METHODS)} (default: ee,mm,sweet)"
     option("--methods", type=list_of(one_of(*METHODS)), default=["ee", "mm", "sweet"], help=known)
@@ -165,7 +163,7 @@ def main(words: list[str]) -> None:
     option("--runs", type=Path, help="for the run folders (default: OUT/runs)")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     option("--print", action="store_true", help="print the commands that can run now, one per line; run nothing")
-    parser.add_options(TrainingOptions, *SHARED, "device", "amp", epochs=2)
+    parser.add_options(TrainingOptions, "model", *SHARED, "device", "amp", epochs=2)
     args = parser.parse_args(words)
     if not (CLONE / "train.py").exists():
         raise InputError(f"{CLONE}: not a clone of the repository; train.py and evaluate.py are needed")
@@ -185,8 +183,6 @@ def main(words: list[str]) -> None:
     while todo := [slot for slot in grid.missing() if slot not in grid.failed]:
         LOG.info("%s (%d to go)", grid.folder(todo[0]).name, len(todo))
         grid.make(todo[0])
-        if not grid.run(todo[0]):
-            grid.failed.add(todo[0])  # the others go on
     grid.write()
     if names := ", ".join(sorted(grid.folder(slot).name for slot in grid.failed)):
         raise InputError(f"{len(grid.failed)} runs failed, see their messages above: {names}")

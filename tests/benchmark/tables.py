@@ -6,14 +6,14 @@ python -m tests.benchmark.tables --add RUN... --commit HASH    # rows of runs of
 
 import re
 from collections import defaultdict
-from itertools import product
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from minisweet.base.commands import Parser, run_command
 from minisweet.paper import report
-from minisweet.paper.report import PAIRS, QUARTERS, Chosen, Run, cells, named, rate_text, row_of
+from minisweet.paper.report import PAIRS, QUARTERS, Chosen, Run, cells, named, rate_text, row_of, table
 from minisweet.plots import COLOURS, label_axes, new_figure, save_figure
 from tests.benchmark import CHECKOUT, CLASSIFIER, PAPER, read_rows
 from tests.benchmark.linear import RIVALS
@@ -28,7 +28,7 @@ RATES = {(DEEP, "confidence"): {5e-5, 1e-4}, (SMALL, "confidence"): {1e-4, 2e-4,
 # BERT-base in the paper: differences at exits 1, 4, 6 and 12 (Tables 1, 4), and which curve is above at 1/4 and 3/4
 # of the layers (Figs. 5, 7). Exits 1, 2, 3 and 6 of six are the same, but for the first: 1/6 of the layers, not 1/12.
 PAPERS = {PAIRS[0]: "+3.6 +1.3 -0.4 -1.3 above below", PAIRS[1]: "0.0 +0.2 -0.7 -2.5 above above"}
-PAPERS |= {PAIRS[2]: "+3.6 +1.1 +0.3 +1.2 above below"}
+PAPERS |= {PAIRS[2]: "+3.6 +1.1 +0.3 +1.2 equal below"}  # Fig. 4: the curves cross at 1/4
 OF_LTE, SIGNS = "+4.0 +1.9 -1.5 -1.2 above equal", {"above": 1, "below": -1, "equal": 0}
 CLAIMS = [(PAIRS[0], 0), (PAIRS[0], 1), (PAIRS[0], 3), (PAIRS[0], 4), (PAIRS[1], 0), (PAIRS[2], 0)]  # README's
 # Of the classifier's page: lists of texts.
@@ -38,12 +38,6 @@ README = [("float32", way, way) for way in RIVALS]
 README += [("float32", "ONNX Runtime", "the fine-tuned model, ONNX Runtime")]
 README += [(kind, "our file, deployed", f"`fit`, ONNX file in {kind}") for kind in ("float32", "int8")]
 README += [("float32", "our file, unlabelled texts, deployed", "`fit`, 30,000 unlabelled texts: the bag answers all")]
-
-
-def table(head: list, rows: list[list]) -> str:
-    """A table in Markdown, without the columns that are empty in all rows."""
-    kept = [n for n in range(len(head)) if any(row[n] for row in rows)]
-    return report.table("", [head[n] for n in kept], [[row[n] for n in kept] for row in rows])
 
 
 def of_pairs(runs: list[Run], model: str, strategy="confidence", pooling="mean") -> dict[tuple[str, str], list[Run]]:
@@ -98,7 +92,7 @@ def pair_table(chosen: Chosen, model: str, pair: tuple[str, str], tasks: list[st
     head = [f"{name} ({paper})" for name, paper in zip(head, papers.split(), strict=True)]
     pooled = [report.compare(chosen, tasks, pair, [point])[1] for point in points]
     rows.insert(1, ["verdict", *map(verdict, papers.split(), pooled)])
-    return report.table("", [named(*pair) + of, *head], rows)
+    return table("", [named(*pair) + of, *head], rows)
 
 
 def trainings(runs: list[Run]) -> list[list]:
@@ -127,7 +121,8 @@ def other_claims(runs: list[Run]) -> list[list[str]]:
             is_above = min(gain.mean() for gain in gains) > 0
             (above if is_above else others).append(f"{named(task)} ({LAYERS[model][-1]})")
     here = f"{len(above)} of {len(above + others)}"
-    rows.append(["SWEET above EE and MM, at 1/4", "21 of 28", here, ", ".join(above), ", ".join(others), "a count"])
+    title, paper = "SWEET above EE and MM, at 1/4", "21 of 28 at fast speeds"
+    rows.append([title, paper, here, ", ".join(above), ", ".join(others), "a count"])
     paper = "some of EE and MM, none of SWEET"
     rows.append(["runs that do not converge", paper, "[see below](#how)", "", "", "a count"])
     rows.append(["gradients of EE's exits", "orthogonal", "[see below](#gradients)", "", "", "a measure"])
@@ -136,15 +131,20 @@ def other_claims(runs: list[Run]) -> list[list[str]]:
 
 
 def exits(runs: list[Run], model: str) -> list[list[str]]:
-    """Each exit alone, beside the majority class, and seed 0's area under the curve at each rate of the search."""
+    """Each exit alone, by method, and seed 0's area under the curve at each rate of the search."""
     rows, found, rates = [], of_pairs(runs, model), sorted(RATES[model, "confidence"])
     chosen = select(runs, model) | {("mnli", "ee"): report.counted(found["mnli", "ee"], SEEDS)}
-    for pair in product([*TASKS[model], "mnli"], METHODS):
-        areas = {run.rate: f"{run.area:.1f}" for run in found[pair] if run.seed == 0 and run.exits}
-        for run in list(chosen.get(pair, {}).values())[:1]:
-            name = f"{LAYERS[model][-1]}: {named(pair[0])}, {named(pair[1])}, {rate_text(run.rate)}"
-            scores = row_of(chosen, pair[:1], pair[1], LAYERS[model])
-            rows.append([name, f"{run.constant:.1f}", *scores, ", ".join(areas.get(rate, "–") for rate in rates)])
+    for task in (*TASKS[model], "mnli"):
+        first = {method: next(iter(chosen.get((task, method), {}).values()), None) for method in METHODS}
+        if not (run := first["ee"]):
+            continue
+        scores = [row_of(chosen, [task], method, LAYERS[model]) if first[method] else [] for method in METHODS]
+        by_exit = zip_longest(*([re.sub(r" ±[\d.]+", "", text) for text in of] for of in scores), fillvalue="–")
+        searched = [{run.rate: f"{run.area:.1f}" for run in found[task, way] if run.seed == 0} for way in METHODS]
+        areas = [", ".join(of[rate] for rate in rates if rate in of) or "–" for of in searched]
+        tuned = " / ".join(rate_text(run.rate) if run else "–" for run in first.values())
+        name = f"{LAYERS[model][-1]}: {named(task)} ({run.constant:.1f})"
+        rows.append([name, tuned, *map(" / ".join, by_exit), " / ".join(areas)])
     return rows
 
 
@@ -182,16 +182,16 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
         title = f"exit {points[n]}" if n < 4 else f"curve at {points[n]}"
         readme.append([f"{named(*pair)}, {title}", *judge(runs, pair, [points[n]], PAPERS[pair].split()[n])])
     claim = ["claim", "paper", "here", "tasks for", "tasks against", "verdict"]
-    further, head = other_claims(runs), ["layers: task, method, rate", "majority", *PLACES, "areas"]
+    further, head = other_claims(runs), ["layers: task (majority)", "rate", *PLACES, "area at each rate"]
     return {
         "twelve layers": "\n".join(tables),
         "six layers": "\n".join(others),
-        "other claims": report.table("", claim, further),
-        "exits": report.table("", head, [row for model in TASKS for row in exits(runs, model)]),
-        "by what exits read": report.table("", ["model, method: tasks", *PLACES], read),
-        "gradients": report.table("", ["layer n", *kinds], of_layers),
-        "trainings": report.table("", ["trainings", "number", "hours", *map(named, METHODS)], trainings(runs)),
-        "replicates": report.table("", claim, [*readme, further[0]]),
+        "other claims": table("", claim, further),
+        "exits": table("", head, [row for model in TASKS for row in exits(runs, model)]),
+        "by what exits read": table("", ["model, method: tasks", *PLACES], read),
+        "gradients": table("", ["layer n", *kinds], of_layers),
+        "trainings": table("", ["trainings", "number", "hours", *map(named, METHODS)], trainings(runs)),
+        "replicates": table("", claim, [*readme, further[0]]),
     }
 
 
@@ -229,7 +229,7 @@ def by_rows() -> dict[str, str]:
         lost += [[name, *outcome]] * (outcome[1][:5] != "100.0" and not key[2])
     first, last = "texts, labelled rows", ["lost of 100", "layers run, %", "early exit", "full model"]
     head = [first, "best rival", "full model", "early exit", "layers run, %", "early exit − rival"]
-    return {"which way": table(head, main), "lost": table([first, *last], lost)}
+    return {"which way": table("", head, main), "lost": table("", [first, *last], lost)}
 
 
 def speed() -> dict[str, str]:
@@ -240,15 +240,12 @@ def speed() -> dict[str, str]:
         [f"{side}, int8" if kind == "int8" else side, *(row[name] for name in (*times, *scores, "share"))]
         for (kind, side), row in found.items()
     ]
-    readme = [
-        [title, *(found[kind, side][name] for name in (*scores, "one_by_one"))]
-        for kind, side, title in README
-        if (kind, side) in found
-    ]
+    shown = (*scores, "one_by_one")
+    readme = [[title, *(found[kind, side][name] for name in shown)] for kind, side, title in README]
     head = ["method (float32 unless int8)", *times.values(), "accuracy", "macro F1", "layers run"]
     return {
-        "speed": table(head, page),
-        "own text": table(["method", "accuracy", "macro F1", "ms per text"], readme),
+        "speed": table("", head, page),
+        "own text": table("", ["method", "accuracy", "macro F1", "ms per text"], readme),
     }
 
 
@@ -290,7 +287,8 @@ def main() -> None:
     runs = report.read_runs(PAPER / "results.csv")
     if args.add:
         added = [report.run_of(folder, args.commit) for folder in args.add]
-        report.write_runs(PAPER / "results.csv", list({(run[:8], run.commit): run for run in (*runs, *added)}.values()))
+        by_key = {(run[: len(report.KEY)], run.commit): run for run in (*runs, *added)}
+        report.write_runs(PAPER / "results.csv", list(by_key.values()))
         return
     blocks = paper_blocks(runs) | by_rows() | speed()
     if not args.write:
@@ -305,7 +303,7 @@ def main() -> None:
     for model, name in ((DEEP, "curves-12.png"), (SMALL, "curves-6.png")):
         chosen = select(runs, model)
         if tasks := [task for task in TASKS[model] if report.common_seeds(chosen, [task], METHODS)]:
-            report.draw_curves(PAPER / name, {named(task): (chosen, [task]) for task in tasks}, METHODS)
+            report.draw_panels(PAPER / name, {named(task): (chosen, [task]) for task in tasks}, METHODS)
     draw_promises(CLASSIFIER / "promises.png")
 
 
