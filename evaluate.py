@@ -81,8 +81,8 @@ def main() -> None:
         evaluate(runs[0], args.thresholds, args.device, args.amp)
 
 
-def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str = "auto") -> Evaluation:
-    """Run all exits on the validation rows of a run. Writes, prints and returns the scores and the curve."""
+def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str = "auto") -> None:
+    """Run all exits on the validation rows of a run. Writes and prints the scores and the curve."""
     record = record_of(folder)
     place = choose_device(device)
     options = record.arguments
@@ -122,7 +122,6 @@ def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str 
     draw_curves(folder / CURVE, {str(folder): evaluation})
     next_step = f"python evaluate.py {quote(str(folder))} --predict FILE.tsv --threshold 0.9"
     print(f"\nwritten to {folder / EVALUATION}; to answer new texts: {next_step}", flush=True)
-    return evaluation
 
 
 def predict(folder: Path, file: Path, threshold: float, device: str = "auto", amp: str = "auto") -> None:

@@ -53,10 +53,10 @@ def main() -> None:
     print(f"{out}: trained; next: python evaluate.py {quote(str(out))}")
 
 
-def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwrite: bool = False) -> Record:
+def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwrite: bool = False) -> None:
     """Train a model on a task and write the run to a folder.
 
-    Returns the run's record. Raises InputError if `out` cannot be written or replaced (before training), if model and
+    Raises InputError if `out` cannot be written or replaced (before training), if model and
     data do not match, and if training diverges.
     """
     # 1. Options: those that are left open depend on the model, the task and its rows.
@@ -114,7 +114,6 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     record = replace(record, id=weights_id(model), seconds=round(time.perf_counter() - start, 1))
     check_output(out, overwrite)  # once more, since training takes a while
     save_run(out, record, model.eval(), tokenizer, dev, overwrite=overwrite)
-    return record
 
 
 def announce(record: Record, texts: Texts, all_rows: int, dev_rows: int) -> None:

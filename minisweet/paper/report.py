@@ -240,8 +240,7 @@ def differences(chosen: Chosen, tasks: Sequence[str], pair: tuple[str, str], poi
 
 def with_mean(tasks: Sequence[str], title: str) -> dict[str, Sequence[str]]:
     """All tasks together if there are several, by this title, and then each task alone, by its name."""
-    together = {title: tasks} if len(tasks) > 1 else {}
-    return together | {named(task): [task] for task in tasks}
+    return ({title: tasks} if len(tasks) > 1 else {}) | {named(task): [task] for task in tasks}
 
 
 def named(*of: str) -> str:

@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 
 from minisweet.base.commands import Parser, list_of, one_of, positive_number, whole_number
+from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError, read_json, written_beside
 from minisweet.checkpoint import read_config
 from minisweet.defaults import resolve, search_rates
@@ -36,8 +37,8 @@ SHARED = ["pooling", "exit_strategy", "train_size", "epochs", "max_length", "bat
 Slot = namedtuple("Slot", ("task", "method", "lr", "seed"))  # one training
 NOTES = """
 Each rate has the largest area on the first seed, measured on the rows that are scored. A run that did not converge (its
-last exit is no better than the majority class) stays in results.csv; in the tables the first run with a further
-seed that converged takes its place, and is paired like it. Failed runs, as at too high a rate, have no rows.
+last exit is no better than the majority class) stays in results.csv; in the tables the next seed that converged takes
+its place. Failed runs, as at too high a rate, have no rows.
 """
 
 
@@ -171,6 +172,8 @@ def main(words: list[str]) -> None:
     config = read_config(model_folder(args.model))
     options, task = parser.make(TrainingOptions, args), args.tasks[0]
     filled = resolve(options, config, task, TASKS[task], args.train_size)
+    if not args.print:  # what is printed may run elsewhere
+        choose_precision(args.amp, choose_device(args.device), training=True)
     args.lrs = args.lrs or search_rates(config)
     args.exit_layers, args.batch_size, args.pooling = filled.exit_layers, filled.batch_size, filled.pooling
     grid = Grid(args)
