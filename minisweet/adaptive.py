@@ -33,7 +33,7 @@ class ExitRule:
         self.lowest = 1 / num_labels if ranges is None else 0.0
 
     def apply(self, k: int, logits: Tensor, certainty: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Exit k's calibrated logits (n, C) and confidence (n,), from logits (n, C) and certainty (n,); k from 0."""
+        """Exit k's calibrated logits (n, C) and confidence (n,), from logits (n, C) and certainty (n,) or None."""
         calibrated = logits.float() if self.temperatures is None else logits.float() / self.temperatures[k]
         if certainty is None or self.ranges is None:
             return calibrated, calibrated.softmax(-1).amax(-1)

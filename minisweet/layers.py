@@ -89,7 +89,7 @@ class TransformerEncoder(nn.Module):
     hidden = layer(hidden, context)                      -> for each layer of encoder.layers
     encoder(input_ids, attention_mask, token_type_ids)   -> all L+1 hidden states
 
-    Exit heads also read `config`, `pooler_start` and `word_embeddings`, as training does, and costs need `depth`.
+    Exit heads also read `config` and `pooler_start`, heads and training `word_embeddings`, and costs need `depth`.
     tour/exercises.md shows how to add another encoder.
     """
 

@@ -17,7 +17,7 @@ class CommonOptions(Options):
     model: str = option("minilm-l6", name_of, f"{', '.join(REPOSITORIES)}, a folder or a hub id")
     seed: int = option(0, whole_number(0), "random seed of order and dropout; in train.py also of the rows and heads")
     lr: float | None = option(
-        None, positive_number, "initial learning rate (default: by the model, and a task of the paper)"
+        None, positive_number, "initial learning rate (default: by the model; for train.py also by the task)"
     )
     epochs: int | None = option(None, whole_number(1), "passes over the data (default: by the task or its rows)")
     batch_size: int | None = option(None, whole_number(1), "examples (default: 16, and 8 for a large DeBERTa)")

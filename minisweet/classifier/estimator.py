@@ -153,7 +153,8 @@ class EarlyExitClassifier:
             others = with_text(others)
             if not others.first:
                 raise InputError("has no rows", "validation")
-        gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # others have drawn nothing yet
+        starts_cuda = torch.cuda.is_initialized() or self.device != "cpu"
+        gpus = range(torch.cuda.device_count()) if starts_cuda else ()
         with telling(bool(self.verbose)), torch.random.fork_rng(gpus):
             self.train_on(Given("texts", rows, others, more, label_type))
         return self

@@ -172,8 +172,6 @@ def main(words: list[str]) -> None:
     config = read_config(model_folder(args.model))
     options, task = parser.make(TrainingOptions, args), args.tasks[0]
     filled = resolve(options, config, task, TASKS[task], args.train_size)
-    if not args.print:  # what is printed may run elsewhere
-        choose_precision(args.amp, choose_device(args.device), training=True)
     args.lrs = args.lrs or search_rates(config)
     args.exit_layers, args.batch_size, args.pooling = filled.exit_layers, filled.batch_size, filled.pooling
     grid = Grid(args)
@@ -181,6 +179,8 @@ def main(words: list[str]) -> None:
         for slot in grid.missing():
             print(" && ".join(map(shlex.join, grid.commands(slot))))
         return
+    if grid.missing():
+        choose_precision(args.amp, choose_device(args.device), training=True)
     for folder in (args.runs, args.out):
         folder.mkdir(parents=True, exist_ok=True)  # an error comes now, and not after hours of training
     while todo := [slot for slot in grid.missing() if slot not in grid.failed]:

@@ -6,7 +6,7 @@ A pool is all texts that there are: validation rows of three runs. A draw takes 
 its own. As in a run, some are set aside, and all is chosen by the default goal. At what is deployed then, the whole
 pool says what comes true.
 
-Dimension letters: N rows, T distinct texts, U units, C classes.
+Dimension letters: N rows, U distinct texts, G units, C classes.
 """
 
 from typing import NamedTuple
@@ -62,13 +62,13 @@ def set_aside(line: Line, seed: int, rng: np.random.Generator, often: np.ndarray
 def outcome(line: Line, seed: int) -> list[float]:
     """One draw: the judges; in percent whether the promise is broken, what comes true, and which intervals held."""
     pool, rng = line.pool, np.random.default_rng(seed)
-    units = (pool.units if line.by_group else pool.keys)[np.unique(pool.keys, return_index=True)[1]]  # of texts: (T,)
-    sizes = np.bincount(units)  # (U,)
+    units = (pool.units if line.by_group else pool.keys)[np.unique(pool.keys, return_index=True)[1]]  # of texts: (U,)
+    sizes = np.bincount(units)  # (G,)
     logits = set_aside(line, seed, rng, often := rng.permutation(len(sizes))[:OFTEN])
     point = choose(logits, GOAL, combines=line.combines)
     answers, at = point.rule.answers(pool), [point.threshold]
     right = by_text(pool.keys, np.concatenate([answers.decide_at(at), [answers.full]]) == pool.labels)
-    values = 100 * np.stack([*lost_texts(answers, at), *by_text(pool.keys, answers.stay_at(at)), *right])  # (4, T)
+    values = 100 * np.stack([*lost_texts(answers, at), *by_text(pool.keys, answers.stay_at(at)), *right])  # (4, U)
     weights = np.full(len(sizes), (1 - line.repeated) / len(sizes))
     weights[often] += line.repeated / OFTEN
     truth = values @ (weights / sizes)[units]

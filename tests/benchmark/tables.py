@@ -34,10 +34,10 @@ CLAIMS = [(PAIRS[0], 0), (PAIRS[0], 1), (PAIRS[0], 3), (PAIRS[0], 4), (PAIRS[1],
 # Of the classifier's page: lists of texts.
 LISTS = {"list": "Debian-20", "own": "Debian-12", "sst2": "SST-2"}
 # README's rows of own text: a side of speed.csv, by precision and name, and its title.
-README = [("float32", way, way) for way in RIVALS]
-README += [("float32", "ONNX Runtime", "the fine-tuned model, ONNX Runtime")]
-README += [(kind, "our file, deployed", f"`fit`, ONNX file in {kind}") for kind in ("float32", "int8")]
-README += [("float32", "our file, unlabelled texts, deployed", "`fit`, 30,000 unlabelled texts: the bag answers all")]
+README = [(("float32", way), way) for way in RIVALS]
+README += [(("float32", "ONNX Runtime"), "the fine-tuned model, ONNX Runtime")]
+README += [((kind, "our file, deployed"), f"`fit`, ONNX file in {kind}") for kind in ("float32", "int8")]
+README += [(("float32", "our file, unlabelled texts, deployed"), "`fit`, 30,000 unlabelled texts: the bag answers all")]
 
 
 def of_pairs(runs: list[Run], model: str, strategy="confidence", pooling="mean") -> dict[tuple[str, str], list[Run]]:
@@ -241,7 +241,7 @@ def speed() -> dict[str, str]:
         for (kind, side), row in found.items()
     ]
     shown = (*scores, "one_by_one")
-    readme = [[title, *(found[kind, side][name] for name in shown)] for kind, side, title in README]
+    readme = [[title, *(found[side][name] for name in shown)] for side, title in README if side in found]
     head = ["method (float32 unless int8)", *times.values(), "accuracy", "macro F1", "layers run"]
     return {
         "speed": table("", head, page),
