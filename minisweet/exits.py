@@ -193,7 +193,7 @@ class MultiExitModel(ExitModel):
         for n, layer in enumerate(self.encoder.layers[: self.exit_layers[-1]], start=1):
             hidden = layer(hidden, context)  # in EE the gradients of all later exits flow back through here
             if n in self.exit_layers:
-                # Pauses until the caller asks for the next exit. live.py sends the rows that go on; others send None: all.
+                # Pauses until the caller asks for the next exit. live.py sends which rows go on; None means all.
                 stay = yield heads[n](pool(hidden, mask, self.encoder.config.pooling))
                 if stay is not None:
                     mask, hidden = rows_that_stay(stay, mask, hidden)
