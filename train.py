@@ -3,8 +3,7 @@
     python train.py                                   # minilm-l6, sweet, toy: a few minutes on two cores
     python train.py --model bert-base --method sweet --task rte
 
-Writes a run folder, which evaluate.py reads. The training loop is in minisweet/training.py, and each method's model in
-minisweet/methods.py. For your own text: minisweet fit FILE.
+Writes a run folder for evaluate.py. The loop is in minisweet/training.py. For your own text: minisweet fit FILE.
 """
 
 import hashlib
@@ -123,8 +122,8 @@ def announce(record: Record, texts: Texts, all_rows: int, dev_rows: int) -> None
     LOG.info("%s, exits after layers %s of %d, method %s", options.model, exits, record.depth, options.method)
     LOG.info("%s: %d of %d rows to train on, %d to validate", record.task, len(texts), all_rows, dev_rows)
     LOG.info("texts cut to %d tokens: %d", options.max_length, texts.is_cut.sum())
-    where = f"{record.device}, {record.precision}"
-    LOG.info("lr %g, epochs %d, seed %d, %s", options.lr, options.epochs, options.seed, where)
+    settings = options.lr, options.epochs, options.seed, record.device, record.precision
+    LOG.info("lr %g, epochs %d, seed %d, %s, %s", *settings)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The configs of the encoders: the keys of config.json that define an encoder, with the defaults of the public format.
 
-A `Literal` lists the values that are implemented. Any other value is refused, because ignoring it would silently build
-another model.
+A value that a `Literal` does not list is refused, because ignoring it would silently build another model.
 """
 
 from dataclasses import dataclass, field, fields
@@ -35,7 +34,7 @@ class Config:
     initializer_range: float = share(0.02)
     hidden_act: Literal["gelu"] = "gelu"
     is_decoder: Literal[False] = False
-    pooling: Literal["cls", "mean"] = "cls"  # what exits read: see exits.py
+    pooling: Literal["cls", "mean"] = "cls"  # what exits read: see `pool` in exits.py
     first_position: ClassVar[int] = 0
     model_type: ClassVar[str]
 

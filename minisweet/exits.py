@@ -22,9 +22,6 @@ share a pooler, and the gradients of all exits reach DeBERTa's table of relative
 pooler, and the first exit alone updates the table. As in the authors' code, the gradients of all exits are clipped
 together: a large gradient scales down the others but keeps their direction.
 
-`Config.pooling` says what an exit reads: [CLS] in BERT and DeBERTa, as in the authors' code, and the mean of the tokens
-in MiniLM and MPNet, sentence encoders trained to output it.
-
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
 
@@ -51,7 +48,8 @@ def stop_gradient(x: Tensor) -> Tensor:
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     """What an exit reads of hidden states (B, T, D) with a mask (B, T): a vector (B, D).
 
-    "cls" is the state of the first token, [CLS]. "mean" is the mean over the tokens of the mask, computed in float32.
+    "cls" is the state of the first token, [CLS], as in the authors' code: for BERT and DeBERTa. "mean" is the mean over
+    the tokens of the mask, in float32: for MiniLM and MPNet, sentence encoders trained to output it.
     """
     if pooling == "cls":
         return hidden[:, 0]

@@ -1,8 +1,7 @@
 """Public weights and the files of GLUE, fetched on first use.
 
 The presets are the checkpoints that the paper fine-tunes, and two that are also on the package index: a small MiniLM
-for quick runs, and MPNet, which has the size of BERT-base. The client of the hub reads HF_ENDPOINT, HF_HUB_OFFLINE,
-HF_TOKEN and HF_HUB_ETAG_TIMEOUT (seconds, default 10).
+for quick runs, and MPNet, of BERT-base's size. weights/README.md lists the variables that the hub's client reads.
 """
 
 import hashlib

@@ -1,7 +1,6 @@
 """How the model of each method is built: SWEET, Early-Exit (EE) and Multi-Model (MM).
 
-The methods also differ in where the gradient stops (exits.py), in when backward() is called (training.py), and in cost
-(adaptive.py).
+They also differ in where gradients stop (exits.py), when backward() is called (training.py), and in cost (adaptive.py).
 """
 
 from collections.abc import Callable, Sequence

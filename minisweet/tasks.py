@@ -29,11 +29,9 @@ class Task(NamedTuple):
 
 
 PAPER_STEPS = 750  # two epochs of 6,000 rows in batches of 16: after far fewer, an exit may still predict one class
-# Rows of GLUE with this label are skipped: MNLI's annotators did not agree. So are rows that are too short to have a
-# label: a few questions of QQP contain a line break, which cuts their row in two.
+# GLUE's rows with this label, on which annotators disagree, are skipped; so are QQP's that a line break cuts in two.
 NO_LABEL = "-"
-# The one place that defines the order of classes. Toolkits disagree about MNLI's, so a classifier that was trained
-# elsewhere may need its classes swapped.
+# The order of classes. Toolkits disagree about MNLI's, so a classifier from elsewhere may need its classes swapped.
 # fmt: off
 TASKS = {
     "rte": Task(("entailment", "not_entailment"), "RTE", "glue/data/RTE.zip", ("sentence1", "sentence2", "label"),

@@ -16,8 +16,7 @@ from torch import Tensor
 from minisweet.base.files import InputError, preview, read_dataclass, regular_file
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
-# The special tokens: start, end, padding and unknown word. MPNet separates two texts by two ends, <s> A </s></s> B
-# </s>. Its vocabulary holds BERT's special tokens too.
+# Start, end, padding and unknown word. MPNet's vocabulary holds BERT's too, and its pairs are <s> A </s></s> B </s>.
 BERTS, MPNETS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]"), ("<s>", "</s>", "<pad>", "[UNK]")
 CHARACTERS = 32  # read per token, several times what is needed; the rest of a text is ignored
 CHUNK = 256  # texts per call of the tokenizer; few, because the library keeps what it truncates in memory

@@ -6,8 +6,6 @@
 
 The loss is the unweighted sum of the exits' losses. As in the authors' code, there is no weight decay and no warm-up.
 
-By default train.py uses AMP on CUDA and on CPUs with bfloat16 instructions (devices.py).
-
 Dimension letters: B batch, K exits.
 """
 
