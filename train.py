@@ -55,8 +55,8 @@ def main() -> None:
 def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwrite: bool = False) -> None:
     """Train a model on a task and write the run to a folder.
 
-    Raises InputError if `out` cannot be written or replaced (before training), if model and
-    data do not match, and if training diverges.
+    Raises InputError if `out` cannot be written or replaced (before training), if model and data do not match, and if
+    training diverges.
     """
     # 1. Options: those that are left open depend on the model, the task and its rows.
     check_output(out, overwrite)

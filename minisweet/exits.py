@@ -26,6 +26,7 @@ Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classe
 """
 
 from collections.abc import Callable, Generator, Sequence
+from itertools import islice
 from typing import cast
 
 import torch
@@ -188,7 +189,7 @@ class MultiExitModel(ExitModel):
         heads = dict(zip(self.exit_layers, self.heads, strict=True))
         hidden = self.encoder.embed(input_ids, token_type_ids)  # (B, T, D)
         context = self.encoder.context(mask)  # the bias for padding, and what MPNet and DeBERTa learn of distances
-        for n, layer in enumerate(self.encoder.layers[: self.exit_layers[-1]], start=1):
+        for n, layer in enumerate(islice(self.encoder.layers, self.exit_layers[-1]), start=1):
             hidden = layer(hidden, context)  # in EE the gradients of all later exits flow back through here
             if n in self.exit_layers:
                 # Pauses until the caller asks for the next exit. live.py sends which rows go on; None means all.

@@ -1,7 +1,6 @@
 """What BERT, DeBERTa and MPNet share: the Transformer layer (except its attention), padding, initial weights.
 
-Dimension letters of the models: B batch, T tokens, D hidden size, H heads, d = D/H head size, L layers, K exits,
-C classes, N instances.
+Dimension letters: B batch, T tokens, D hidden size, H heads, d = D/H head size, L layers, K exits, C classes.
 """
 
 import torch

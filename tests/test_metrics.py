@@ -38,6 +38,7 @@ def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
     torch.testing.assert_close(confidence[0], torch.tensor([0.0, 0.25, 1.0]))
     calibrated, of_new_text = rule.apply(0, logits[0], torch.tensor([0.1, 0.4, 0.9]))
     assert torch.equal(calibrated, logits[0])
+    assert torch.equal(rule.apply(1, logits[1], certainty[1])[0], logits[1])
     torch.testing.assert_close(of_new_text, torch.tensor([0.0, 0.5, 1.0]))
     assert confidence.isfinite().all()  # also of an exit that is equally certain of all
 

@@ -109,7 +109,8 @@ def test_the_search_comes_first_and_runs_that_do_not_converge_are_repeated(grid,
     assert grid(*words, "--print")[1] == ""
     evaluation = next(OUT.glob("runs/*seed0/evaluation.json"))
     evaluation.write_text(evaluation.read_text().replace("0.5, ", ""))  # at one threshold, by hand
-    assert [name in grid(*words, "--print")[1] for name in ("evaluate.py", "train.py")] == [True, False]
+    out = grid(*words, "--print")[1]
+    assert (out.count("\n"), "evaluate.py" in out, "train.py" in out) == (1, True, False)
     text = (OUT / "results.md").read_text()
     assert "| toy | 1e-2: 70.0 ±0.0 | 1e-2: 55.0 ±0.0 | 1e-2: 51.3 ±2.9 |" in text
     assert "toy ee 0.01 seed 1" in text

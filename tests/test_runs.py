@@ -14,7 +14,15 @@ from minisweet.defaults import default_exit_layers, default_learning_rate, resol
 from minisweet.methods import METHODS
 from minisweet.options import TrainingOptions
 from minisweet.outputs import ask_all, read_outputs, write_outputs
-from minisweet.run import load_model, load_run_tokenizer, read_record, read_validation, save_run, weights_id
+from minisweet.run import (
+    check_output,
+    load_model,
+    load_run_tokenizer,
+    read_record,
+    read_validation,
+    save_run,
+    weights_id,
+)
 from minisweet.tasks import PAPER_STEPS, TASKS, Task
 from minisweet.texts import Examples, Texts, load_tokenizer
 from tests.conftest import random_batch, refused, undecided_model, write_model
@@ -94,3 +102,14 @@ def test_the_papers_rates_are_the_defaults_and_elsewhere_the_size_decides():
         assert rates(*model, task, ["ee", "mm", "sweet"]) == pytest.approx([rate * 1e-5 for rate in printed])
     for size, depth, task in ((768, 12, "mine"), (768, 6, "mrpc"), (384, 6, "mrpc"), (384, 6, "mine")):
         assert {*rates("bert", size, depth, task, [*METHODS])} == {5e-5 if size == 768 else 1e-4}
+
+
+def test_a_mount_point_is_refused_before_training(tmp_path, monkeypatch):
+    """It could not be renamed at the end. Links are followed, as when the run is written."""
+    (tmp_path / "mounted").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "mounted")
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "mounted")
+    for name in ("mounted", "link"):
+        error = refused(check_output, tmp_path / name, False)
+        assert error == f"out: {tmp_path / name} is a mount point, which cannot be replaced; name a folder in it"
+    check_output(tmp_path / "mounted" / "run", False)

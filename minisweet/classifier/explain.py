@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minisweet.adaptive import leaves
 from minisweet.base.commands import progress
 from minisweet.base.files import one_line, written_beside
 from minisweet.classifier.state import Answer, State
@@ -30,8 +31,8 @@ def explain(state: State, text: str) -> list[tuple[Answer, bool]]:
     asked = state.trained.ask(texts, state.device, state.precision)
     logits = torch.cat([rule.at_exit_0(asked.bag), rule.at_full_depth(asked.bag, asked.model)])  # (2, C)
     first, last = state.answers(logits, (0, state.trained.record.depth))
-    may_leave = not rule.answers(asked).stay_at([state.threshold])[0, 0]
-    return [(first._replace(words=word_scores(state, texts, 0)), may_leave), (last, True)]
+    may_leave = leaves(logits[0].softmax(-1).amax(), state.threshold, 1 / logits.shape[1])
+    return [(first._replace(words=word_scores(state, texts, 0)), bool(may_leave)), (last, True)]
 
 
 def word_scores(state: State, texts: Texts, row: int) -> tuple[dict[str, float], dict[str, float]]:
