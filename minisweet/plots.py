@@ -64,8 +64,8 @@ def draw_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
     for name, evaluation in evaluations.items():
         if (evaluation.task, evaluation.metric, evaluation.examples) != rows:
             raise InputError(f"{name[:120]}: it was evaluated on other rows, or by another metric, than {first[:120]}")
-        tail = name if len(name) <= 60 else f"...{name[-57:]}"  # where folders differ
-        label = f"{METHODS[evaluation.method]}, {one_line(tail)}".replace("$", r"\$")
+        short = name if len(name) <= 60 else f"{name[:28]}...{name[-29:]}"
+        label = f"{METHODS[evaluation.method]}, {one_line(short)}".replace("$", r"\$")
         draw_line(axis, evaluation.method, evaluation.speedup_ratios, evaluation.scores, label)
     title = f"{one_line(of_first.task, 30)}, {of_first.examples:,} rows"
     label_axes(axis, title, f"{METRICS[of_first.metric]}, in percent")

@@ -130,7 +130,7 @@ def rows_of(examples: Examples, labels: list[str]) -> list[dict]:
 
 def is_run(folder: Path) -> bool:
     """Whether `folder` holds a run."""
-    return (folder / RECORD).is_file()
+    return os.path.isfile(folder / RECORD)
 
 
 def read_record(folder: Path) -> Record:

@@ -23,6 +23,7 @@ from tests.conftest import CHECKOUT, refused, run
     ("error", "status", "message"),
     [
         (InputError("a\nb", "max_lost"), 2, "minisweet predict: error: --max-lost: a\\nb\n"),
+        (InputError("no row of 'out of memory'"), 2, "minisweet predict: error: no row of 'out of memory'\n"),
         (PermissionError(errno.EACCES, "denied", "a"), 2, "minisweet predict: error: [Errno 13] denied: 'a'\n"),
         (MemoryError(), 2, "minisweet predict: error: too little memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8"), 2, "too little memory"),

@@ -120,6 +120,7 @@ BAD = [
     (GOOD[0], [HTTPStatus.OK] * 40, {}, "item 0: <HTTPStatus.OK: 200> is not a label, should be text or a number"),
     (GOOD[0], ["x", "\ud800"] * 20, {}, r"item 1: '\ud800' holds half of a character"),
     (*GOOD, {"dev_size": 200}, "dev_size: 200, should be "),
+    (*GOOD, {"unlabelled": ["a", 5]}, "unlabelled: item 1: 5, should be one text"),
     (*GOOD, {"max_lost": float("nan")}, "max_lost: nan, should be a number from 0.01 to 99.99"),
     (*GOOD, {"groups": ["a"]}, "groups: 1, should be as many as the texts, 40"),
     (*GOOD, {"unlabelled": ["a"], "unlabelled_groups": "a"}, "unlabelled_groups: 'a', should be a list"),

@@ -55,7 +55,9 @@ def test_new_texts_need_no_label_and_blank_lines_are_texts(tmp_path):
 
     pairs = read("\ufeff#2 String|#1 String|note\r\nb|!|x\r\nd|c\r\n\r\n | ", "#1 String", "#2 String")
     assert pairs == [(2, [ODD, "b"]), (3, ["c", "d"]), (4, ["", ""]), (5, [" ", " "])]
-    assert read("||x|sentence\n\n", "sentence", header=TASKS["cola"].header) == [(1, ["sentence"]), (2, [""])]
+    header = TASKS["cola"].header
+    assert read("||x|sentence\n\n", "sentence", header=header) == [(1, ["sentence"]), (2, [""])]
+    assert read("|".join(header) + "\n||x|a", "sentence", header=header) == [(2, ["a"])]
     for text, message in {
         "": "new.tsv: no column sentence; its header names ",
         "label|sentence\n1|a\n1": "new.tsv, line 3: 1 cells, should be 2: label, sentence",

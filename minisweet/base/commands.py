@@ -133,9 +133,9 @@ class Parser(argparse.ArgumentParser):
         for item in fields(kind):
             if not names or item.name in names:
                 default = defaults.get(item.name, item.default)
-                about = item.metadata["help"] + ("" if default is None else f" (default: {default})")
-                typed = f"--{item.name.replace('_', '-')}"
-                add(typed, type=item.metadata["kind"], default=default, help=about)
+                text, kind_of_value = item.metadata["help"], item.metadata["kind"]
+                about = text if default is None else f"{text.partition(' (default')[0]} (default: {default})"
+                add(f"--{item.name.replace('_', '-')}", type=kind_of_value, default=default, help=about)
 
     def make(self, kind: type[Made], args: argparse.Namespace) -> Made:
         """The options of a kind, as typed."""
@@ -163,7 +163,7 @@ def run_command(main: Callable[[], None], prog: str | None = None) -> None:
     BARS.set({"disable": None})  # only on a terminal
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)  # also where sys.stdout is None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -177,7 +177,7 @@ def run_command(main: Callable[[], None], prog: str | None = None) -> None:
 
 def message_of(error: Exception) -> str:
     """The message for bad input, too little memory or a full disk. Raises any other error."""
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+    if re.search("out of memory|t allocate memory|MemoryError", repr(error)) and not isinstance(error, InputError):
         return f"too little memory ({str(error):.100}); try a smaller --batch-size, --max-length or model"
     if not isinstance(error, InputError | OSError | UnicodeError):
         raise error

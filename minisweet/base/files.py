@@ -80,10 +80,10 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
         new.replace(target)  # which never replaces a folder that has files
         shutil.rmtree(new.with_suffix(".old"), ignore_errors=True)
     except OSError as error:
-        with suppress(OSError):  # if the second rename failed
-            new.with_suffix(".old").rename(target)
         raise InputError(f"{target}: cannot be written ({error})") from None
     finally:
+        with suppress(OSError):  # if only the first rename was made
+            new.with_suffix(".old").rename(target)
         shutil.rmtree(new, ignore_errors=True)
         with suppress(OSError):
             new.unlink()

@@ -61,7 +61,7 @@ class EarlyExitClassifier:
 
     Args:
         model: a preset, a folder in Hugging Face's layout, or an id of its hub.
-        trunk: the folder of a run or a finished classifier to start from, whose answers stay as they are.
+        trunk: the folder of a run or a finished classifier to start from, whose layers stay as they are.
         dev_size: the share of the distinct labelled texts that is set aside for validation.
         seed: of order and dropout.
         lr, epochs, batch_size, max_length: None for what suits model and data.
@@ -142,7 +142,8 @@ class EarlyExitClassifier:
             raise InputError("needs unlabelled", "unlabelled_groups")
         if groups is not None and unlabelled is not None and unlabelled_groups is None:
             LOG.warning("unlabelled_groups is missing, so each unlabelled text counts as a group by itself")
-        more = None if unlabelled is None else with_text(texts_of(unlabelled), unlabelled_groups, "unlabelled_groups")
+        texts = None if unlabelled is None else texts_of(unlabelled, "unlabelled")
+        more = texts and with_text(texts, unlabelled_groups, "unlabelled_groups")
         rows, label_type = labelled_texts(*(([], []) if X is None and self.trunk else (X, y)))
         rows = with_text(rows, groups)
         others = None
@@ -238,7 +239,7 @@ class EarlyExitClassifier:
     ) -> "EarlyExitClassifier":
         """Load a run folder with its operating point. Raises InputError if either is missing.
 
-        `threshold` is from 0 to 1, None for the one that was chosen. `batch_size` is how many texts run at once.
+        `threshold` is from 0 to 1, None for the one that was chosen. At most `batch_size` texts run at once.
         """
         options = FitOptions(device=device, amp=amp)
         TEXTS_AT_ONCE.check("batch_size", batch_size)

@@ -143,7 +143,7 @@ def split_data(given: Given, source: Source) -> Split:
     LOG.info("%s: %d rows to train on, %d to validate", given.name, len(split.labelled), len(split.validation))
     if examples.empty:
         LOG.warning("empty texts, skipped: %d", examples.empty)
-    LOG.info("texts cut to %d tokens: %d", source.max_length, texts.is_cut[split.labelled].sum())
+    LOG.info("texts cut to %d tokens: %d", source.max_length, texts.is_cut[split.learning].sum())
     return split
 
 

@@ -51,10 +51,11 @@ def fit(words: list[str]) -> None:
     parser.add_options(Goal)
     args = parser.parse_args(words)
     options, goal = parser.make(FitOptions, args), parser.make(Goal, args)
-    parser.need(args, args.dev_data is None, "a split of FILE, not --dev-data", "dev_size")
+    parser.need(args, args.file and not args.dev_data, "a split of FILE, not --dev-data", "dev_size")
+    parser.need(args, args.file or args.dev_data, "FILE or --dev-data", "label_column")
     if not args.file and not (args.trunk and args.unlabelled):
         raise InputError("FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE")
-    name = (args.file or args.unlabelled[0]).name.split(".")[0] or "texts"
+    name = (args.file or args.unlabelled[0]).stem
     out = args.out or Path("runs") / name
     check_output(out, args.overwrite)
     classify = EarlyExitClassifier(**vars(options), **vars(goal))
@@ -84,14 +85,14 @@ def read_files(args: Namespace, name: str) -> Given:
 
 
 def choose(words: list[str]) -> None:
-    """Choose the threshold of a run by the loss that you allow, from saved logits of the same precision.
+    """Choose the threshold of a run by the loss that you allow, without training.
 
         minisweet choose runs/tickets                     # at most 3 in 100 texts are lost, 90% sure
         minisweet choose runs/tickets --max-lost 1 --sure 95
 
     A text is lost if full depth, which runs all layers, is right and early exit is wrong. The promise holds for one
-    goal that is fixed in advance, not for the best of several. Writes operating.json and logits.safetensors, which the
-    other commands read.
+    goal that is fixed in advance, not for the best of several. In another precision than before, the validation texts
+    run again. Writes operating.json and logits.safetensors, which the other commands read.
     """
     parser = parser_of(choose)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
@@ -240,8 +241,7 @@ def export(words: list[str]) -> None:
     parser = parser_of(export)
     option = parser.add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
-    about = "the file to write, which must not exist"
-    option("--onnx", type=path_to(".onnx"), required=True, metavar="FILE.onnx", help=about)
+    option("--onnx", type=path_to(".onnx"), required=True, metavar="FILE.onnx", help="a file that does not exist yet")
     option("--int8", action="store_true", help="eight-bit weights, and a promise of its own")
     args = parser.parse_args(words)
     classify = EarlyExitClassifier.load(args.run, threshold=1.0, device="cpu", amp="off")
@@ -262,7 +262,7 @@ def add_options(parser: Parser) -> None:
     option("run", type=Path, metavar="RUN", help="run folder")
     about = "exit at this confidence; at 1 all texts run to the last exit (default: the one that was chosen)"
     option("--threshold", type=THRESHOLD, help=about)
-    option("--batch-size", type=TEXTS_AT_ONCE, default=32, help="texts that run at once (default: 32)")
+    option("--batch-size", type=TEXTS_AT_ONCE, default=32, help="at most so many texts run at once (default: 32)")
     parser.add_options(TrainingOptions, "device", "amp")
 
 

@@ -213,14 +213,14 @@ def as_list(values: Any, title: str) -> list:
     return [value.item() if isinstance(value, np.generic) else value for value in array.ravel()]
 
 
-def texts_of(texts: Any) -> Examples:
+def texts_of(texts: Any, option: str = "") -> Examples:
     """A list of texts as unlabelled rows. Raises InputError, naming the item."""
-    values = as_list(texts, "texts")
+    values = as_list(texts, option or "texts")
     for i, text in enumerate(values):
         if not isinstance(text, str):
-            raise InputError(f"item {i}: {text!r:.80}, should be one text")
+            raise InputError(f"item {i}: {text!r:.80}, should be one text", option)
         if half := HALF.search(text):
-            raise InputError(f"item {i}: it holds {half[0]!r}, half of a character; should be valid Unicode")
+            raise InputError(f"item {i}: it holds {half[0]!r}, half of a character; should be valid Unicode", option)
     return Examples(values, None, None)
 
 

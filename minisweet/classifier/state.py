@@ -33,11 +33,11 @@ class FitRecord:
     """What `minisweet fit` adds to the record of a run: `fit` in run.json."""
 
     head: Literal["linear", "pooler"]  # the model's exit: that of probe.py, or a trunk's
-    label_type: LabelType = "str"  # of the labels that Python's `fit` got
+    label_type: LabelType = "str"  # of the labels that Python's `fit` got, or a trunk's
     label_column: str | None = None
     group_column: str | None = None
     set_aside: float = 1.0  # the share of the labelled rows that validates; 1 if they come from a file of their own
-    trunk: str | None = None  # the run or classifier started from, whose answers stay as they are
+    trunk: str | None = None  # the run or classifier started from, whose layers stay as they are
     dev_size: float = 0.2
     training_groups: list[str]  # the groups that were learned from
     validation_groups: list[str]  # the groups that validate
@@ -95,7 +95,7 @@ class State:
     threshold: float  # that of the operating point, or another one
     device: torch.device
     precision: torch.dtype | None  # to autocast to
-    batch_size: int = 32  # texts that run at once
+    batch_size: int = 32  # the most texts that run at once
 
     @property
     def labels(self) -> list:

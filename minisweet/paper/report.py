@@ -30,7 +30,7 @@ SHARES = [Fraction(1, 24), *(Fraction(n, 12) for n in range(1, 13)), *(Fraction(
 SHOWN = [Fraction(share) for share in ("1/12", "1/4", "1/2", "3/4", "1")]
 QUARTERS = [SHOWN[1], SHOWN[3]]  # the shares of differences
 PAIRS = [("sweet", "ee"), ("sweet", "mm"), ("mm", "ee")]
-NAMES = {"ee": "EE", "mm": "MM", "sweet": "SWEET", "sst2": "SST-2", "cola": "CoLA", "own": "Debian-12"}
+NAMES = {"ee": "EE", "mm": "MM", "sweet": "SWEET", "sst2": "SST-2", "cola": "CoLA"}
 NAMES |= {task: task.upper() for task in ("mrpc", "rte", "mnli", "qqp", "qnli")}
 # The 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]

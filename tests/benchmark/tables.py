@@ -6,6 +6,7 @@ python -m tests.benchmark.tables --add RUN... --commit HASH    # rows of runs of
 
 import re
 from collections import defaultdict
+from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
 
@@ -112,21 +113,23 @@ def trainings(runs: list[Run]) -> list[list]:
 
 def other_claims(runs: list[Run]) -> list[list[str]]:
     """The claims that are not of one exit or one share: the rows of a table."""
-    rows, above, others = [], [], []
+    rows = []
     for pair, paper in ((PAIRS[0], "+1.1"), (PAIRS[2], "+2.3")):
         rows.append([f"{named(*pair)}, mean of all exits", *judge(runs, pair, LAYERS[DEEP], paper)])
-    for model, task in ((key, task) for key, tasks in TASKS.items() for task in tasks):
-        gains = [report.compare(select(runs, model), [task], pair, QUARTERS[:1])[1] for pair in PAIRS[:2]]
-        if all(map(len, gains)):
-            is_above = min(gain.mean() for gain in gains) > 0
-            (above if is_above else others).append(f"{named(task)} ({LAYERS[model][-1]})")
-    here = f"{len(above)} of {len(above + others)}"
-    title, paper = "SWEET above EE and MM, at 1/4", "21 of 28 at fast speeds"
-    rows.append([title, paper, here, ", ".join(above), ", ".join(others), "a count"])
-    paper = "some of EE and MM, none of SWEET"
-    rows.append(["runs that do not converge", paper, "[see below](#how)", "", "", "a count"])
+    rows.append(["SWEET − EE at 3/4, by the abstract", *judge(runs, PAIRS[0], QUARTERS[1:], "equal")])
+    for share in ("1/6", "1/4", "1/2"):
+        above, others = [], []
+        for model, task in ((key, task) for key, tasks in TASKS.items() for task in tasks):
+            gains = [report.compare(select(runs, model), [task], pair, [Fraction(share)])[1] for pair in PAIRS[:2]]
+            if all(map(len, gains)):
+                is_above = min(gain.mean() for gain in gains) > 0
+                (above if is_above else others).append(f"{named(task)} ({LAYERS[model][-1]})")
+        title, here = f"SWEET above EE and MM, at {share}", f"{len(above)} of {len(above + others)}"
+        rows.append([title, "21 of 28 at fast speeds", here, ", ".join(above), ", ".join(others), "a count"])
+    converged = {method: [run.converged for run in runs if run.method == method] for method in METHODS}
+    here = ", ".join(f"{named(method)} {of.count(False)} of {len(of)}" for method, of in converged.items())
+    rows.append(["runs that do not converge", "some of EE and MM, none of SWEET", here, "", "", "a count"])
     rows.append(["gradients of EE's exits", "orthogonal", "[see below](#gradients)", "", "", "a measure"])
-    rows.append(["SWEET gains less with more training rows", "up to 400,000", "not run", "", "", "not run"])
     return rows
 
 
@@ -169,13 +172,12 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
     tables = [pair_table(deep, DEEP, pair, TASKS[DEEP], papers) for pair, papers in PAPERS.items()]
     others = [pair_table(small, SMALL, pair, TASKS[SMALL], papers) for pair, papers in PAPERS.items()]
     others.append(pair_table(lte, SMALL, PAIRS[0], TASKS[SMALL][:2], OF_LTE, ", learning-to-exit"))
-    for row in read_rows(PAPER / "gradients.csv"):
-        kind = f"{named(row['task'])}: {'exit n, later ones' if row['layer'] == row['exit'] else 'later ones'}"
-        if row["pooling"] == "mean":
-            text = f"{float(row['cosine']):.2f}".replace("-0.00", "0.00")
-            gradients[row["layer"]].setdefault(kind, []).append(text)
-    kinds = list(gradients.get("1", ()))
-    of_layers = [[n, *(", ".join(of_kind.get(kind, [])) for kind in kinds)] for n, of_kind in gradients.items()]
+    for row in sorted(read_rows(PAPER / "gradients.csv"), key=lambda row: row["pooling"] != "mean"):
+        where = f"layer {row['layer']}: " + ("exit n, later ones" if row["layer"] == row["exit"] else "later ones")
+        of_where = gradients[f"{named(row['task'])}, {'[CLS]' if row['pooling'] == 'cls' else 'mean'}"]
+        of_where.setdefault(where, []).append(f"{float(row['cosine']):.2f}".replace("-0.00", "0.00"))
+    places = list(next(iter(gradients.values()), ()))
+    of_runs = [[name, *(", ".join(found[place]) for place in places)] for name, found in gradients.items()]
     read = [by_pooling(runs, model, method) for model in TASKS for method in ("ee", "sweet")]
     readme, points = [], [*LAYERS[DEEP], *QUARTERS]
     for pair, n in CLAIMS:
@@ -189,7 +191,7 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
         "other claims": table("", claim, further),
         "exits": table("", head, [row for model in TASKS for row in exits(runs, model)]),
         "by what exits read": table("", ["model, method: tasks", *PLACES], read),
-        "gradients": table("", ["layer n", *kinds], of_layers),
+        "gradients": table("", ["task, exits read", *places], of_runs),
         "trainings": table("", ["trainings", "number", "hours", *map(named, METHODS)], trainings(runs)),
         "replicates": table("", claim, [*readme, further[0]]),
     }
@@ -208,7 +210,7 @@ def by_rows() -> dict[str, str]:
         draws = {row["draw"] for row in found[key, "deployed", "3"]}
         of_way = found[key[:2] if way in RIVALS else key, way, "3" if way == "deployed" else ""]
         by_draw = {row["draw"]: float(row[column]) for row in of_way if row[column] and row["draw"] in draws}
-        return np.array(list(by_draw.values())) * (100 if column == "share" else 1)
+        return np.array([by_draw[draw] for draw in sorted(by_draw)]) * (100 if column == "share" else 1)
 
     def show(column: str, key: tuple, way: str) -> str:
         return "".join(cells(values(column, key, way)))
@@ -221,7 +223,7 @@ def by_rows() -> dict[str, str]:
         name = f"{LISTS[key[0]]}, {key[1]:,}" + (f" and {key[2]:,} unlabelled" if key[2] else "")
         means = {way: values("score", key, way).mean() for way in RIVALS if len(values("score", key, way))}
         best = max(means, key=means.__getitem__)
-        gap = f"{values('score', key, 'deployed').mean() - means[best]:+.1f}"
+        gap = cells(values("score", key, "deployed") - values("score", key, best), sign="+")[0]
         texts = [f"{best} {both(key, best)}", both(key, "full depth"), both(key, "deployed")]
         main.append([name, *texts, show("share", key, "deployed").partition(" ")[0], gap])
         ways = [("lost", "deployed"), ("share", "deployed"), ("score", "deployed"), ("score", "full depth")]
