@@ -81,7 +81,7 @@ def main() -> None:
         evaluate(runs[0], args.thresholds, args.device, args.amp)
 
 
-def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str = "auto") -> None:
+def evaluate(folder: Path, count: int = 11, device: str = "auto", amp: str = "auto") -> None:
     """Run all exits on the validation rows of a run. Writes and prints the scores and the curve."""
     record = record_of(folder)
     place = choose_device(device)
@@ -97,8 +97,8 @@ def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str 
 
     # 2. The decisions at all thresholds.
     folds = crossfit(outputs)
-    points = spaced_thresholds(thresholds, folds[0][0].lowest)
-    curve, _ = sweep(folds, outputs, points)
+    thresholds = spaced_thresholds(count, folds[0][0].lowest)  # the lowest confidence, the same for all rules
+    curve, _ = sweep(folds, outputs, thresholds)
     evaluation = Evaluation(
         id=record.id,
         task=record.task,
@@ -106,7 +106,7 @@ def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str 
         exit_strategy=options.exit_strategy,
         metric=outputs.metric,
         exit_layers=record.exit_layers,
-        thresholds=points,
+        thresholds=thresholds,
         **curve,
         examples=len(texts),
         seconds=seconds,

@@ -64,7 +64,7 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     spec = find_task(task, data_dir)
     folder = model_folder(options.model)
     config = read_config(folder)
-    rows, dev = (load_examples(task, split, data_dir) for split in ("train", "dev"))
+    rows, validation = load_examples(task, "train", data_dir), load_examples(task, "dev", data_dir)
     options = resolve(options, config, task, spec, min(len(rows.first), options.train_size))
     device = choose_device(options.device)
     precision = choose_precision(options.amp, device, training=True)
@@ -97,9 +97,8 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
         device=device_name(device),
         precision=str(precision or torch.float32),
         versions=versions(),
-        fit=None,
     )
-    announce(record, texts, len(rows.first), len(dev.first))
+    announce(record, texts, len(rows.first), len(validation.first))
 
     # 4. Loop: EE and SWEET are one model, and MM is one per exit.
     start = time.perf_counter()
@@ -112,7 +111,7 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     # 5. Save.
     record = replace(record, id=weights_id(model), seconds=round(time.perf_counter() - start, 1))
     check_output(out, overwrite)  # once more, since training takes a while
-    save_run(out, record, model.eval(), tokenizer, dev, overwrite=overwrite)
+    save_run(out, record, model.eval(), tokenizer, validation, overwrite=overwrite)
 
 
 def announce(record: Record, texts: Texts, all_rows: int, dev_rows: int) -> None:

@@ -23,7 +23,7 @@ class BertLayer(TransformerLayer):
         self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D, bias=False), nn.Linear(D, D)
 
     def attend(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        """Scaled dot-product attention: hidden states (B, T, D) to context vectors (B, H, T, d).
+        """softmax(query key^T / sqrt(d) + bias) value: hidden states (B, T, D) to the heads' outputs (B, H, T, d).
 
         The context is the bias of the scores: (B, 1, 1, T) for padding, or (B, H, T, T) for padding and distance.
         """

@@ -20,18 +20,18 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Fit the temperature T > 0 of logits (N, C) to labels (N,). It is 1 if there are no rows.
 
     Minimizes the mean negative log-likelihood plus log(T)^2 / N, a weak prior that keeps T near 1. Without it, an exit
-    that is right on every row would get a temperature near 0 and always be certain. The zero of the slope is found by
-    bisection of log(T) from -7 to 7. The prior is not convex in 1/T, so there might be other zeros.
+    that is right on every row would get a temperature near 0 and always be certain. The zero of the derivative by
+    log(T) is found by bisection from -7 to 7. The prior is not convex in 1/T, so there might be other zeros.
     """
     logits = logits.double().T.contiguous()  # (C, N): sums over few classes are faster this way
     low, high = -7.0, 7.0
-    gold = float(logits.gather(0, labels[None]).sum())
+    gold = float(logits.gather(0, labels[None]).sum())  # the logits of the right classes
     for _ in range(40):
-        middle = (low + high) / 2
-        scaled = logits * math.exp(-middle)
-        slope = gold * math.exp(-middle) - float((scaled.softmax(0) * scaled).sum()) + 2 * middle
-        low, high = (low, middle) if slope > 0 else (middle, high)
-    return math.exp(middle)
+        log_T = (low + high) / 2
+        scaled = logits * math.exp(-log_T)
+        slope = gold * math.exp(-log_T) - float((scaled.softmax(0) * scaled).sum()) + 2 * log_T  # N times
+        low, high = (low, log_T) if slope > 0 else (log_T, high)
+    return math.exp(log_T)
 
 
 def fit_rule(outputs: Outputs) -> ExitRule:

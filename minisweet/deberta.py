@@ -48,7 +48,7 @@ class DebertaLayer(TransformerLayer):
         self.pos_q_proj = nn.Linear(D, D)
 
     def attend(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        """Disentangled attention: hidden states (B, T, D) to context vectors (B, H, T, d).
+        """Disentangled attention: hidden states (B, T, D) to the heads' outputs (B, H, T, d).
 
         The context is the bias of the scores for padding, (B, 1, 1, T), and the rows of the relative table for the
         distances i - j from T-1 down to -T, (2T, D).

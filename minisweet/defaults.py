@@ -18,8 +18,8 @@ TABLE_2 = {
 SMALL = 512  # models up to this hidden size, such as MiniLM (384), need larger rates
 
 
-def resolve(options: TrainingOptions, config: Config, name: str, task: Task, rows: int) -> Resolved:
-    """Fill in the defaults that depend on the model, and on the task, its name and its number of training rows.
+def resolve(options: TrainingOptions, config: Config, task: str, spec: Task, rows: int) -> Resolved:
+    """Fill in the defaults that depend on the model, and on the task: its name, `spec`, and training rows.
 
     Raises InputError if the model cannot have these exits.
     """
@@ -34,8 +34,8 @@ def resolve(options: TrainingOptions, config: Config, name: str, task: Task, row
         "exit_layers": layers,
         "pooling": options.pooling or config.pooling,
         "batch_size": batch_size,
-        "lr": options.lr or default_learning_rate(config, name, rates_of),
-        "epochs": options.epochs or default_epochs(task.epochs, task.steps, rows, batch_size),
+        "lr": options.lr or default_learning_rate(config, task, rates_of),
+        "epochs": options.epochs or default_epochs(spec.epochs, spec.steps, rows, batch_size),
     }
     return Resolved(**vars(options) | filled)
 

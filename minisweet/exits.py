@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from minisweet.fast import Dropout
 from minisweet.layers import TransformerEncoder, checked_inputs, draw_weights
 
-EXIT_STRATEGIES = ("confidence", "lte")
+EXIT_STRATEGIES = ("confidence", "lte")  # lte: learning-to-exit, see `ExitHead`
 ExitOutput = tuple[Tensor, Tensor | None]  # logits (B, C); certainty (B,), or None without learning-to-exit
 ExitOutputs = Generator[ExitOutput, Tensor | None, None]  # see `ExitModel.exit_by_exit`
 
@@ -77,7 +77,7 @@ class ExitHead(nn.Module):
         draw_weights(self, config.initializer_range)
         if encoder.pooler_start is not None:
             self.pooler.load_state_dict(encoder.pooler_start)
-        self.lte = nn.Linear(D, 1) if exit_strategy == "lte" else None
+        self.lte = nn.Linear(D, 1) if exit_strategy == "lte" else None  # with torch's initial weights
         self.to(encoder.word_embeddings.weight)  # the encoder's device and type
 
     def forward(self, x: Tensor) -> ExitOutput:
@@ -113,11 +113,11 @@ class ExitModel(nn.Module):
 
     method: str
 
-    def __init__(self, exit_layers: Sequence[int], num_labels: int, depth: int) -> None:
+    def __init__(self, exit_layers: Sequence[int], num_labels: int, num_layers: int) -> None:
         super().__init__()
         layers = tuple(exit_layers)
-        if not layers or layers != tuple(n for n in range(1, depth + 1) if n in layers):
-            raise ValueError(f"exit_layers is {layers}, and must be increasing layers in 1 to {depth}")
+        if not layers or layers != tuple(n for n in range(1, num_layers + 1) if n in layers):
+            raise ValueError(f"exit_layers is {layers}, and must be increasing layers in 1 to {num_layers}")
         self.exit_layers, self.num_labels = layers, num_labels
 
     @property
@@ -141,7 +141,7 @@ class ExitModel(nn.Module):
     ) -> ExitOutputs:
         """Yield the output of each exit, logits (B, C) and certainty (B,) or None, before any later layer runs.
 
-        Call `send(stay)` with a mask (B,) instead of `next` to continue with some of the rows.
+        Call `send(stay)` with a mask (B,) instead of `next` to continue with some of the rows; B is then their number.
         """
         raise NotImplementedError
 

@@ -63,7 +63,7 @@ class TransformerLayer(nn.Module):
         return self.output_norm(hidden + self.dropout(self.output(F.gelu(self.intermediate(hidden)))))
 
     def attend(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        """Attention of all heads: hidden states (B, T, D) to context vectors (B, H, T, d)."""
+        """Attention of all heads: hidden states (B, T, D) to the heads' outputs (B, H, T, d)."""
         raise NotImplementedError
 
     def split_heads(self, x: Tensor) -> Tensor:

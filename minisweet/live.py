@@ -47,19 +47,18 @@ def early_exit(
     rule = rule or ExitRule(model.num_labels)
     inputs = checked_inputs(input_ids, attention_mask, token_type_ids)
     lengths = inputs[1].sum(1).clamp(min=1)  # (B,)
-    exits, confidence = torch.zeros_like(lengths), torch.zeros_like(lengths, dtype=torch.float32)  # (B,)
+    exits = torch.zeros_like(lengths)  # (B,)
+    confidence = torch.zeros_like(lengths, dtype=torch.float32)  # (B,)
     logits = confidence.new_zeros(len(lengths), model.num_labels)  # (B, C)
-    by_length = lengths.argsort(descending=True, stable=True)  # similar lengths run together
+    by_length = lengths.argsort(descending=True, stable=True)  # similar lengths run together, the longest first
     for rows in by_length.split(batch_size) if len(by_length) else ():
-        answers = model.exit_by_exit(*(x[rows, : lengths[rows[0]]] for x in inputs))
+        answers = model.exit_by_exit(*(x[rows, : lengths[rows[0]]] for x in inputs))  # cut to the longest
         stay = None
         for k in range(len(model.exit_layers)):
-            of_exit, certainty = answers.send(stay)  # (R, C), (R,) or None
-            calibrated, sure = rule.apply(k, of_exit, certainty)  # (R, C), (R,)
-            logits[rows] = calibrated
-            confidence[rows] = sure
+            output = answers.send(stay)  # of exit k: logits (R, C), and certainty (R,) or None
+            logits[rows], confidence[rows] = rule.apply(k, *output)  # calibrated (R, C), (R,)
             exits[rows] = k
-            stay = ~leaves(sure, threshold, rule.lowest)  # (R,)
+            stay = ~leaves(confidence[rows], threshold, rule.lowest)  # (R,)
             rows = rows[stay]
             if not len(rows):
                 break

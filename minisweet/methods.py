@@ -41,8 +41,8 @@ def sliced_models(
 
     With one exit each, SWEET and EE are the same.
     """
-    models = (MultiExitModel(first_layers(n), (n,), num_labels, exit_strategy=exit_strategy) for n in exit_layers)
-    return MultiModel(list(models))
+    models = [MultiExitModel(first_layers(n), (n,), num_labels, exit_strategy=exit_strategy) for n in exit_layers]
+    return MultiModel(models)
 
 
 def build_multi_model(

@@ -52,7 +52,7 @@ class Record:
     device: str
     precision: str
     versions: dict
-    fit: dict | None  # what `minisweet fit` adds; None for a run of train.py
+    fit: dict | None = None  # what `minisweet fit` adds; None for a run of train.py
 
 
 def run_name(options: TrainingOptions, task: str) -> str:

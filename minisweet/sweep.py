@@ -53,8 +53,8 @@ def crossfit(outputs: Outputs) -> Folds:
     With a single text, the rule is fitted on that text.
     """
     fold = outputs.folds(FOLDS)
-    splits = [(np.flatnonzero(fold != n), np.flatnonzero(fold == n)) for n in np.unique(fold)]
-    return [(fit_rule(outputs.take(fitted if len(fitted) else decided)), decided) for fitted, decided in splits]
+    splits = [(np.flatnonzero(fold != n), np.flatnonzero(fold == n)) for n in np.unique(fold)]  # others, own
+    return [(fit_rule(outputs.take(others if len(others) else own)), own) for others, own in splits]
 
 
 def sweep(folds: Folds, outputs: Outputs, thresholds: list[float]) -> tuple[dict, np.ndarray]:

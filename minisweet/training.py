@@ -2,7 +2,7 @@
 
     for batch in batches:
         forward and backward: one backward() per exit, or for EE one on the summed loss
-        clip the gradient, step, decay the learning rate
+        clip the gradient, decay the learning rate, step
 
 The loss is the unweighted sum of the exits' losses. As in the authors' code, there is no weight decay and no warm-up.
 
@@ -63,20 +63,21 @@ def fine_tune(
     ):
         parameters = list(model.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
-        scaler = GradScaler(torch.device(device).type, enabled=precision is torch.float16)
+        scaler = GradScaler(torch.device(device).type, enabled=precision is torch.float16)  # or does nothing
         for step, batch in enumerate(bar):
             batch = batch._replace(input_ids=row_of[batch.input_ids]).to(device)
             torch.manual_seed(1_000_003 * seed + 1_009 * (step + 1))  # dropout, the same whatever ran before
             optimizer.zero_grad()
-            losses.append(compute_gradients(model, batch, scaler, precision).tolist())
-            if not np.isfinite(losses[-1]).all():
+            step_losses = compute_gradients(model, batch, scaler, precision).tolist()  # (K,)
+            losses.append(step_losses)
+            if not np.isfinite(step_losses).all():
                 raise InputError(DIVERGED.format(learning_rate, step + 1), "lr")
             scaler.unscale_(optimizer)
             clip_grad_norm_(parameters, 1.0)
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
             scaler.step(optimizer)
             scaler.update()
-            bar.set_postfix_str("loss " + ", ".join(f"{loss:.2f}" for loss in losses[-1]), refresh=False)
+            bar.set_postfix_str("loss " + ", ".join(f"{loss:.2f}" for loss in step_losses), refresh=False)
         if not all(parameter.isfinite().all() for parameter in parameters):  # the last update, which no loss has seen
             raise InputError(DIVERGED.format(learning_rate, steps), "lr")
     model.cpu()
@@ -87,7 +88,7 @@ def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, p
     """Accumulate the gradients of the losses of all exits. Returns these losses (K,)."""
     losses = []
     exits = model.exit_by_exit(*batch.inputs)
-    for _ in model.exit_layers:  # the generator pauses after each exit
+    for _ in model.exit_layers:  # next() runs the layers up to an exit, under autocast; backward() stays outside
         with torch.autocast(batch.input_ids.device.type, precision, enabled=precision is not None):
             losses.append(exit_loss(*next(exits), batch.targets))
         if model.method == "sweet":  # no later loss reaches this segment, so backward() now frees its activations
