@@ -45,7 +45,7 @@ def with_few_colours(png: str) -> str:
 
 def differences(stored: NotebookNode, new: NotebookNode) -> list[str]:
     """How the outputs of a cell that has just run differ from the stored ones."""
-    messages = [] if pictures(new) <= pictures(stored) else ["a picture is not stored"]
+    messages = [] if pictures(new) == pictures(stored) else ["its pictures are not those stored"]
     if (tolerance := stored.metadata.get("tolerance")) is not None:
         (old_text, old), (text, numbers) = printed(stored), printed(new)
         far = [f"{a} was {b}" for a, b in zip(numbers, old, strict=False) if abs(a - b) > tolerance]

@@ -61,6 +61,8 @@ def pytest_configure(config) -> None:
     own in place of the package's, such as `minisweet.exits.stop_gradient = mine`.
     """
     torch.set_num_threads(1)
+    if config.option.markexpr != "gpu":  # scores and precisions are those of CPUs
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     settings.register_profile("slow machines", deadline=None, max_examples=20)
     settings.load_profile("slow machines")
     if mine := os.environ.get("MINE"):

@@ -99,6 +99,34 @@ def test_fitting_goes_to_the_optimum(monkeypatch):
     torch.testing.assert_close(exit(*encode(*texts)).double(), logits().detach(), atol=1e-2, rtol=0)
 
 
+def test_held_out_texts_choose_the_scale(monkeypatch):
+    calls, fit_weights = [], bag_of_words.fit_weights
+
+    def spied(*given) -> tuple[torch.Tensor, ...]:
+        calls.append((*given, fit_weights(*given)))
+        return calls[-1][-1]
+
+    monkeypatch.setattr(bag_of_words, "fit_weights", spied)
+    torch.manual_seed(0)
+    fit_ngrams(NgramExit(V, 2, SPECIAL), [encode(*random_texts(90))], torch.arange(90) % 2, torch.randn(V, 4))
+    *tried, (features, chosen, targets, _) = calls
+    held_out = targets - tried[0][2]
+    assert 20 < held_out.sum() < 40
+    found = {scale: (features.logits(*weights).log_softmax(-1) * held_out).sum() for _, scale, _, weights in tried}
+    assert (tuple(found), chosen) == (bag_of_words.SCALES, max(found, key=found.get))
+
+
+def test_of_many_ngrams_the_most_frequent_are_kept(monkeypatch):
+    monkeypatch.setattr(bag_of_words, "LARGE", 3 * 20)
+    exit, texts = NgramExit(V, 3, SPECIAL), encode(*random_texts(30))
+    features, (rows, counted) = bag_of_words.Features(exit, [texts], torch.randn(V, 4)), exit.find_rows(*texts)
+    counts = rows[counted.bool()].bincount(minlength=len(exit.table))
+    assert sorted(counts[features.used].tolist()) == sorted(counts.tolist())[-20:]
+    kept = (torch.isin(rows, features.used) & counted.bool()).sum(1)[:, None] * features.root
+    found = features.logits(torch.ones(20, 3), torch.zeros(features.dense.shape[1], 3))
+    torch.testing.assert_close(found, kept.expand(-1, 3))
+
+
 @pytest.mark.parametrize("text", [[], [5]], ids=["empty", "a word"])
 def test_texts_that_say_nothing_can_be_fitted(text):
     exit = NgramExit(V, 2, SPECIAL)

@@ -113,15 +113,17 @@ def test_draws_write_a_row_for_each_kind(copies, monkeypatch):
     assert run(promises, "--draws", 2, "--write") == 0
     rows = read_rows(copies / "CLASSIFIER" / "promises.csv")
     assert [(row["texts"], row["draws"]) for row in rows] == [(line.name, "2") for line in lines]
-    assert {float(row["full_depth"]) for row in rows} == {86.4}
+    full_depth = 100 * (lines[0].pool.model.argmax(-1).numpy() == lines[0].pool.labels).mean()
+    assert {float(row["full_depth"]) for row in rows} == {round(full_depth, 1)}
 
 
 def test_runs_are_added_once(copies, run_of):
-    folder = run_of("ee")
+    folder, before = run_of("ee"), report.read_runs(copies / "PAPER" / "results.csv")
     for _ in range(2):
         assert run(tables, "--add", folder, "--commit", "c0ffee") == 0
     runs = report.read_runs(copies / "PAPER" / "results.csv")
     assert [run.exits.keys() for run in runs if run.commit == "c0ffee"] == [{1, 2, 4}]
+    assert {*map(str, before)} < {*map(str, runs)}  # the others are as they were
 
 
 @pytest.mark.slow
@@ -172,7 +174,6 @@ def test_speed_is_measured_like_for_like(copies, own_run, monkeypatch):
     for first, second in (
         ("our file, deployed", "our classifier, deployed"),
         ("our file, full depth", "our classifier, full depth"),
-        ("ONNX Runtime", "transformers"),
         ("our file, deployed", "our file, unlabelled texts, deployed"),
     ):
         assert rows["float32", first]["score"] == rows["float32", second]["score"]

@@ -52,14 +52,19 @@ def test_folds_take_turns_and_each_is_decided_by_the_rule_of_the_others():
 
 
 @pytest.mark.parametrize("name", ["sweet", "lte"])
-def test_an_evaluation_is_whole_and_the_same_again_and_what_is_saved_is_read(copied, command, name):
+def test_an_evaluation_is_whole_and_the_same_again_and_what_is_saved_is_read(copied, command, monkeypatch, name):
     """Its logits are compared with those of single rows in test_use.py."""
     folder = copied(name)
     before = read_json(folder / "evaluation.json")
     (folder / "evaluation.json").write_text("{broken")
+    drawn = []
+    save = "matplotlib.figure.Figure.savefig"
+    monkeypatch.setattr(save, lambda figure, path, **_: drawn.append((figure.axes[0].lines, path.write_bytes(b"PNG"))))
     status, out, err = command(evaluate, folder)
-    assert (status, err) == (0, "")
+    assert (status, err, (folder / "curve.png").read_bytes()) == (0, "", b"PNG")
     record, after = read_record(folder), read_json(folder / "evaluation.json")
+    (((line,), _),) = drawn
+    assert line.get_xydata().tolist() == list(map(list, zip(after["speedup_ratios"], after["scores"], strict=True)))
     assert {key for key in before if before[key] != after[key]} <= {"seconds", "device"}
     outputs, rows = read_outputs(folder / "logits.safetensors", record.id), read_validation(folder, record)
     assert (outputs.certainty is None, outputs.precision) == (name != "lte", "torch.float32")
@@ -82,7 +87,9 @@ def test_new_texts_are_answered_as_the_sweep_decides(copied, command, monkeypatc
     rule = fit_rule(outputs)
     confidence = rule.confidences(outputs.logits, outputs.certainty)  # (K, N)
     sure = confidence[0].unique()
-    threshold = float(sure[len(sure) // 2 : len(sure) // 2 + 2].mean())  # between two, so that about half leave
+    quarter = len(sure) // 4
+    widest = quarter + int(sure.diff()[quarter:-quarter].argmax())  # of the gaps that leave about half on each side
+    threshold = float(sure[widest : widest + 2].mean())
     taken = outputs.decide([threshold], rule)[0]
     labels = outputs.logits.argmax(-1).numpy()[taken, np.arange(len(taken))]
     assert len({*taken}) > 1
@@ -114,10 +121,11 @@ def test_metric_and_precision_are_those_that_are_asked_for(copied, command, monk
     folder = copied("sweet")
     write_json(folder / "run.json", read_json(folder / "run.json") | {"metric": "matthews"})
     before = read_outputs(folder / "logits.safetensors", read_record(folder).id)
-    assert command(evaluate, folder, "--amp", "bf16")[0] == 0
+    assert command(evaluate, folder, "--amp", "bf16", "--thresholds", 3)[0] == 0
     outputs = read_outputs(folder / "logits.safetensors", read_record(folder).id)
     after = evaluate.read_evaluation(folder)
     assert (after.metric, after.precision, outputs.precision) == ("matthews", *["torch.bfloat16"] * 2)
+    assert after.thresholds == [0.5, 0.75, 1]
     assert not torch.equal(before.logits, outputs.logits)
     matthews = score(outputs.logits.argmax(-1).numpy(), outputs.labels.numpy(), "matthews")
     assert after.exit_scores == pytest.approx(matthews.tolist())

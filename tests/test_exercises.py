@@ -29,6 +29,7 @@ def test_the_answers_pass_the_tests_that_the_exercises_name_and_no_others_do(tmp
     text = (CHECKOUT / "minisweet" / "tour" / "exercises.md").read_text(encoding="utf-8")
     stub, *answers = map(dedent, re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     commands = re.findall(r"^MINE=my_exits.py python -m (pytest .*)$", text, re.MULTILINE)
+    assert len(commands) == 4
     one_exit = stub.replace("    pooled = ...  # (B, D)\n    logits = ...\n", indent(answers[0], "    "))
     installed = one_exit.replace("# exits.", "exits.")  # exercise 4's answer is the package's own function
     ee = installed.replace("        ...\n", indent(answers[1], " " * 8))

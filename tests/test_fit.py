@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from minisweet import EarlyExitClassifier
-from minisweet.classifier.main import choose, predict
+from minisweet.classifier.main import choose, predict, print_test
 from minisweet.classifier.main import test as check
 from minisweet.classifier.state import Trained
 from tests.conftest import opinions, write_rows
@@ -81,7 +82,7 @@ def test_unlabelled_texts_teach_exit_0_and_judge(own_run, command, copied):
     assert "\n200 rows, threshold " in out
 
 
-def test_another_file_is_tested_beside_what_was_stated(copied, run_of, command):
+def test_another_file_is_tested_beside_what_was_stated(copied, run_of, command, capsys):
     assert command(choose, copied, "--max-lost", 20, "--sure", 60)[0] == 0
     new, point = opinions(1000)[800:], read(copied)
     texts, labels = map(list, zip(*new, strict=True))
@@ -108,6 +109,11 @@ def test_another_file_is_tested_beside_what_was_stated(copied, run_of, command):
     ):
         write_rows(Path("few.csv"), new[:rows], "text", "label")
         assert f"60% sure; {said}\n" in command(check, copied, "few.csv")[1]
+    state = EarlyExitClassifier.load(copied).state
+    answers = state.ask(state.tokenize(texts))
+    surely = torch.ones(len(texts))
+    print_test(state, answers._replace(confidence=surely, early=1 - answers.full, labels=answers.full))
+    assert "60% sure; not held here: by chance, or these texts come from another source" in capsys.readouterr().out
     # Without labels what changes is lost, and what was stated of labels is not shown beside it.
     write_rows(Path("texts.csv"), [[text] for text in texts], "text")
     for run, promised in ((copied, True), (run_of("bag"), False)):

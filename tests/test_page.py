@@ -46,6 +46,12 @@ def test_commands(own_run, run_of, tmp_path, command):
     classify = EarlyExitClassifier.load(own_run, threshold=1.0)
     (answer,), (last, _) = classify.classify(["superb film"]), classify.explain(["superb film"])[0][-1]
     assert last.probabilities == pytest.approx(answer.probabilities, abs=1e-5)  # where exit 0 has a say
+    for threshold, place in ((0, "at exit 0"), (1, "after layer 4")):
+        classify = EarlyExitClassifier.load(own_run, threshold=float(threshold))
+        (answer,), exits = classify.classify(["superb film"]), classify.explain(["superb film"])[0]
+        assert [may_leave for _, may_leave in exits] == [threshold == 0, True]
+        assert exits[threshold][0].probabilities == pytest.approx(answer.probabilities, abs=1e-5)
+        assert f"-> leaves {place}" in command(explain, own_run, "superb film", "--threshold", threshold)[1]
     assert command(explain, run_of("bag"), "--html", tmp_path / "page.html")[0] == 0
     data, rows = data_of(tmp_path / "page.html"), EarlyExitClassifier.load(run_of("bag")).state.logits.labels
     assert len(data["words"]) == len(data["sentences"]) == len(rows)
@@ -110,6 +116,7 @@ def test_the_file_holds_what_both_exits_said(tmp_path):
     assert thresholds == sorted(set(thresholds))
     right = case.predictions[case.taken(0.5), np.arange(N)] == case.labels  # the rest is the sweep's
     assert data["scores"][thresholds.index(0.5)] == pytest.approx(100 * right[kept].mean())
+    assert data["speedup_ratios"][thresholds.index(0.5)] == pytest.approx(case.taken(0.5)[kept].mean())
 
 
 def test_the_template_needs_no_network():

@@ -28,6 +28,7 @@ def test_each_step_draws_dropout_anew(tmp_path):
     first, second = fine_tune(model, examples, 2, 8, 1e-12)
     assert first != pytest.approx(second)
     assert fine_tune(model, examples, 2, 8, 1e-12) == pytest.approx(np.array([first, second]))
+    assert fine_tune(model, examples, 2, 8, 1e-12, seed=1) != pytest.approx(np.array([first, second]))
 
 
 @pytest.mark.parametrize("method", ["sweet", "ee"])
@@ -70,13 +71,17 @@ def test_a_model_trains_alike_on_the_rows_in_use_and_an_error_leaves_all_rows_wh
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_tells_what_made_it(command, model_dir, method):
     options = ["--method", method, "--exit-layers", "1,2,4", "--seed", 3, "--pooling", "mean"]
-    status, _, err = command(train, *quick(model_dir, *options))
-    assert (status, "lr 0.0001" in err) == (0, True)
+    status, _, err = command(train, *quick(model_dir, *options, "--lr", "2e-3", "--amp", "bf16"))
+    assert (status, "lr 0.002" in err) == (0, True)
     record = read_json(Path(f"runs/tiny-{method}-toy-seed3/run.json"))
     assert record["subset"] == sorted(np.random.default_rng(3).permutation(400)[:48].tolist())  # of all methods
     steps, exits = zip(*map(np.shape, record["losses"].values()), strict=True)
     assert ({*steps}, sum(exits), record["exit_layers"]) == ({6}, 3, [1, 2, 4])
     assert list(record["losses"]) == (["layers 1", "layers 2", "layers 4"] if method == "mm" else [method])
+    model, rows = model_of(model_dir, method, seed=3, pooling="mean"), toy_examples(model_dir, record["subset"])
+    for part, losses in zip(model.models_alone, record["losses"].values(), strict=True):
+        again = fine_tune(part, rows, 2, 16, 2e-3, seed=3, precision=torch.bfloat16)
+        np.testing.assert_allclose(again, losses, atol=1e-4)
     assert record["trained_keys"] == sorted({*toy_examples(model_dir, record["subset"]).keys.tolist()})
     assert {"torch", "tokenizers", "python"} <= set(record["versions"])
     assert record["weights"] == hashlib.sha256((model_dir / "model.safetensors").read_bytes()).hexdigest()
