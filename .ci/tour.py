@@ -1,6 +1,6 @@
 """Run the tour, minisweet/tour/tour.ipynb, and compare its outputs with the stored ones.
 
-    python .ci/tour.py            # fails if a cell raises, a picture is not stored, or a table differs
+    python .ci/tour.py            # fails if a cell raises, the number of its pictures or a table differs
     python .ci/tour.py --store    # runs it and stores the outputs
 
 A cell that prints a table has a `tolerance` in its metadata: how far a number may be from the stored one. It covers
@@ -45,7 +45,7 @@ def with_few_colours(png: str) -> str:
 
 def differences(stored: NotebookNode, new: NotebookNode) -> list[str]:
     """How the outputs of a cell that has just run differ from the stored ones."""
-    messages = [] if pictures(new) == pictures(stored) else ["its pictures are not those stored"]
+    messages = [] if pictures(new) == pictures(stored) else ["it shows another number of pictures than stored"]
     if (tolerance := stored.metadata.get("tolerance")) is not None:
         (old_text, old), (text, numbers) = printed(stored), printed(new)
         far = [f"{a} was {b}" for a, b in zip(numbers, old, strict=False) if abs(a - b) > tolerance]

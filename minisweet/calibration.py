@@ -29,7 +29,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     for _ in range(40):
         log_T = (low + high) / 2
         scaled = logits * math.exp(-log_T)
-        slope = gold * math.exp(-log_T) - float((scaled.softmax(0) * scaled).sum()) + 2 * log_T  # N times
+        slope = gold * math.exp(-log_T) - float((scaled.softmax(0) * scaled).sum()) + 2 * log_T  # N times the slope
         low, high = (low, log_T) if slope > 0 else (log_T, high)
     return math.exp(log_T)
 

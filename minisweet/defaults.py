@@ -19,7 +19,7 @@ SMALL = 512  # models up to this hidden size, such as MiniLM (384), need larger 
 
 
 def resolve(options: TrainingOptions, config: Config, task: str, spec: Task, rows: int) -> Resolved:
-    """Fill in the defaults that depend on the model, and on the task: its name, `spec`, and training rows.
+    """Fill in the defaults that depend on the model, and on the task: name, `spec` and number of rows.
 
     Raises InputError if the model cannot have these exits.
     """

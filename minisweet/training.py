@@ -63,7 +63,7 @@ def fine_tune(
     ):
         parameters = list(model.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
-        scaler = GradScaler(torch.device(device).type, enabled=precision is torch.float16)  # or does nothing
+        scaler = GradScaler(torch.device(device).type, enabled=precision is torch.float16)  # for float16 alone
         for step, batch in enumerate(bar):
             batch = batch._replace(input_ids=row_of[batch.input_ids]).to(device)
             torch.manual_seed(1_000_003 * seed + 1_009 * (step + 1))  # dropout, the same whatever ran before

@@ -133,9 +133,9 @@ class Parser(argparse.ArgumentParser):
         for item in fields(kind):
             if not names or item.name in names:
                 default = defaults.get(item.name, item.default)
-                text, kind_of_value = item.metadata["help"], item.metadata["kind"]
+                text = item.metadata["help"]
                 about = text if default is None else f"{text.partition(' (default')[0]} (default: {default})"
-                add(f"--{item.name.replace('_', '-')}", type=kind_of_value, default=default, help=about)
+                add(f"--{item.name.replace('_', '-')}", type=item.metadata["kind"], default=default, help=about)
 
     def make(self, kind: type[Made], args: argparse.Namespace) -> Made:
         """The options of a kind, as typed."""

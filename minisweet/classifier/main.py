@@ -262,7 +262,7 @@ def add_options(parser: Parser) -> None:
     option("run", type=Path, metavar="RUN", help="run folder")
     about = "exit at this confidence; at 1 all texts run to the last exit (default: the one that was chosen)"
     option("--threshold", type=THRESHOLD, help=about)
-    option("--batch-size", type=TEXTS_AT_ONCE, default=32, help="at most so many texts run at once (default: 32)")
+    option("--batch-size", type=TEXTS_AT_ONCE, default=32, help="the most texts that run at once (default: 32)")
     parser.add_options(TrainingOptions, "device", "amp")
 
 
