@@ -65,7 +65,7 @@ def read_cells(
     """
     lines, start = read_lines(path), 2
     first = list(islice(lines, 1))
-    has_own = first and (first[0] == [*header] or len(first[0]) != len(header)) and {*columns} <= {*first[0]}
+    has_own = first and ({*first[0]} == {*header} or len(first[0]) != len(header)) and {*columns} <= {*first[0]}
     if header and not has_own:
         lines, first, start = chain(first, lines), [list(header)], 1
     header = first[0] if first else []

@@ -58,6 +58,7 @@ def test_new_texts_need_no_label_and_blank_lines_are_texts(tmp_path):
     header = TASKS["cola"].header
     assert read("||x|sentence\n\n", "sentence", header=header) == [(1, ["sentence"]), (2, [""])]
     assert read("|".join(header) + "\n||x|a", "sentence", header=header) == [(2, ["a"])]
+    assert read("|".join(header[::-1]) + "\na||x|", "sentence", header=header) == [(2, ["a"])]
     for text, message in {
         "": "new.tsv: no column sentence; its header names ",
         "label|sentence\n1|a\n1": "new.tsv, line 3: 1 cells, should be 2: label, sentence",

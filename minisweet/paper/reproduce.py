@@ -73,8 +73,8 @@ class Grid:
             for name in ("model", *SHARED):
                 if (wanted := getattr(self.args, name)) not in (None, trained := record["arguments"].get(name, wanted)):
                     raise InputError(f"{folder} was trained with {trained}, not {wanted}; name another --out", name)
-            found = read_json(folder / EVALUATION) if (folder / EVALUATION).exists() else {"thresholds": []}
-            if len(found["thresholds"]) == THRESHOLDS and found.get("id") == record.get("id"):
+            found = read_json(folder / EVALUATION) if (folder / EVALUATION).exists() else {}
+            if found.get("id") == record.get("id") and len(found.get("thresholds", ())) == THRESHOLDS:
                 self.complete[slot] = report.run_of(folder)
         return self.complete.get(slot)
 
