@@ -60,8 +60,8 @@ def read_cells(
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield the number of each line after the header, and its cells in some columns. Those of a blank line are empty.
 
-    `header` names all columns if the file has no header line. Raises InputError for a file that cannot be read or lacks
-    a column, and for a line with too many cells or too few. If `may_be_short`, a line with too few yields [].
+    `header` names all columns if the file has no header line (GLUE's new texts of CoLA have one). Raises InputError for
+    an unreadable file, a missing column, or a line with too many or too few cells; if `may_be_short`, too few yield [].
     """
     lines, start = read_lines(path), 2
     first = list(islice(lines, 1))

@@ -113,14 +113,14 @@ def trainings(runs: list[Run]) -> list[list]:
 
 def other_claims(runs: list[Run]) -> list[list[str]]:
     """The claims that are not of one exit or one share: the rows of a table."""
-    rows = []
+    rows, chosen = [], {model: select(runs, model) for model in TASKS}
     for pair, paper in ((PAIRS[0], "+1.1"), (PAIRS[2], "+2.3")):
         rows.append([f"{named(*pair)}, mean of all exits", *judge(runs, pair, LAYERS[DEEP], paper)])
     rows.append(["SWEET − EE at 3/4, by the abstract", *judge(runs, PAIRS[0], QUARTERS[1:], "equal")])
     for share in ("1/6", "1/4", "1/2"):
         above, others = [], []
         for model, task in ((key, task) for key, tasks in TASKS.items() for task in tasks):
-            gains = [report.compare(select(runs, model), [task], pair, [Fraction(share)])[1] for pair in PAIRS[:2]]
+            gains = [report.compare(chosen[model], [task], pair, [Fraction(share)])[1] for pair in PAIRS[:2]]
             if all(map(len, gains)):
                 is_above = min(gain.mean() for gain in gains) > 0
                 (above if is_above else others).append(f"{named(task)} ({LAYERS[model][-1]})")
