@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from minisweet.base.commands import BARS, Made, Notices, number, whole_number
+from minisweet.base.commands import BARS, Notices
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError
 from minisweet.classifier.explain import explain
 from minisweet.classifier.fit import FitOptions, Given, train
 from minisweet.classifier.folder import load_state, save_state
 from minisweet.classifier.operating_point import OperatingPoint, measure
+from minisweet.classifier.options import Made, number, whole_number
 from minisweet.classifier.promise import Goal
 from minisweet.classifier.rows import label_name, labelled_texts, names_of, texts_of, with_text
 from minisweet.classifier.state import Answer, State, choose_state

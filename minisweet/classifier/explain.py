@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from minisweet.adaptive import leaves
 from minisweet.base.commands import progress
 from minisweet.base.files import one_line, written_beside
 from minisweet.classifier.state import Answer, State
+from minisweet.classifier.training import leaves
 from minisweet.texts import Texts
 
 TEMPLATE = Path(__file__).with_name("page.html")

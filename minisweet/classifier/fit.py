@@ -20,25 +20,23 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from minisweet.base.commands import name_of, number, option, whole_number
 from minisweet.base.devices import choose_device, choose_precision, device_name
 from minisweet.base.files import LOG, InputError
 from minisweet.checkpoint import WEIGHTS, load_encoder, read_config
 from minisweet.classifier.bag_of_words import NgramExit, fit_ngrams
+from minisweet.classifier.options import CommonOptions, TrainingOptions, name_of, number, option, whole_number
 from minisweet.classifier.probe import embed, fit_probe, with_linear_head
 from minisweet.classifier.rows import LabelType, joined
+from minisweet.classifier.run import Record, versions, weights_id
 from minisweet.classifier.split import Split, class_numbers, classes_of, split_rows, warn_of_near_duplicates
 from minisweet.classifier.state import FitRecord, Trained, in_groups
+from minisweet.classifier.training import fine_tune, run_all
 from minisweet.classifier.trunk import Trunk, load_trunk
 from minisweet.config import Config
 from minisweet.defaults import default_batch_size, default_epochs, default_learning_rate
 from minisweet.exits import MultiExitModel
 from minisweet.hub import model_folder
-from minisweet.options import CommonOptions, TrainingOptions
-from minisweet.outputs import run_all
-from minisweet.run import Record, versions, weights_id
 from minisweet.texts import Examples, Texts, load_tokenizer, special_ids
-from minisweet.training import fine_tune
 
 EPOCHS, STEPS = 4, 200  # the least epochs and steps of fine-tuning (tried.md)
 # Self-training, if more texts are unlabelled than labelled: the maximum number of unlabelled texts, and the epochs.

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as to_bytes
 
-from minisweet.adaptive import in_float32
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError, json_lines, read_dataclass, written_beside
 from minisweet.checkpoint import new_encoder, read_config
@@ -14,10 +13,19 @@ from minisweet.classifier.bag_of_words import NgramExit
 from minisweet.classifier.cascade import Logits
 from minisweet.classifier.operating_point import OperatingPoint
 from minisweet.classifier.probe import with_linear_head
+from minisweet.classifier.run import (
+    LOGITS,
+    Record,
+    load_run_tokenizer,
+    load_weights,
+    read_record,
+    read_tensors,
+    read_validation,
+    save_run,
+)
 from minisweet.classifier.state import FitRecord, State, Trained
+from minisweet.classifier.training import in_float32
 from minisweet.exits import MultiExitModel
-from minisweet.outputs import read_tensors
-from minisweet.run import LOGITS, Record, load_run_tokenizer, load_weights, read_record, read_validation, save_run
 
 BAG, OPERATING = "bag_of_words.safetensors", "operating.json"
 

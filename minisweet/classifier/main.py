@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from shlex import quote
 
-from minisweet.base.commands import Parser, name_of, path_to, progress
+from minisweet.base.commands import progress
 from minisweet.base.files import InputError, one_line
 from minisweet.classifier.cascade import Answers
 from minisweet.classifier.estimator import TEXTS_AT_ONCE, THRESHOLD, EarlyExitClassifier
@@ -16,11 +16,11 @@ from minisweet.classifier.explain import print_exits, write_page
 from minisweet.classifier.fit import FitOptions, Given
 from minisweet.classifier.folder import save_choice, save_state
 from minisweet.classifier.operating_point import measure
+from minisweet.classifier.options import Parser, TrainingOptions, name_of, path_to
 from minisweet.classifier.promise import Goal, texts_needed
 from minisweet.classifier.rows import all_columns, cell, joined, read_rows, read_texts, row_writer, text_column
+from minisweet.classifier.run import check_output
 from minisweet.classifier.state import State
-from minisweet.options import TrainingOptions
-from minisweet.run import check_output
 from minisweet.texts import Examples
 
 WINDOW = 1024  # rows that `predict` reads, and sorts by length, at once

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from minisweet.adaptive import in_float32
 from minisweet.classifier.cascade import Answers, CascadeRule, Logits, fit_cascade
 from minisweet.classifier.promise import Goal, by_text, fixed_sequence, lost_texts, most_lost, texts_needed
 from minisweet.classifier.split import UNLABELLED_PER_JUDGE, dealt, one_of_each
+from minisweet.classifier.training import in_float32
 
 CHOOSING = 4  # one in four validation texts chooses, and the rest judge
 Z = NormalDist().inv_cdf(0.975)  # of a 95% interval

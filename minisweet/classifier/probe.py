@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.classifier.bag_of_words import minimize
+from minisweet.classifier.training import run_all
 from minisweet.exits import MultiExitModel, pool
 from minisweet.layers import TransformerEncoder
-from minisweet.outputs import run_all
 from minisweet.texts import Texts
 
 PRIOR_VARIANCE = 5.0  # of each weight of the regression (L2 penalty)

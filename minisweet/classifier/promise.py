@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minisweet.base.commands import Options, number, option
 from minisweet.classifier.cascade import Answers
+from minisweet.classifier.options import Options, number, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,17 +12,16 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from minisweet.adaptive import leaves
 from minisweet.base.files import InputError, preview
 from minisweet.classifier.bag_of_words import NgramExit
 from minisweet.classifier.cascade import Answers, Logits
 from minisweet.classifier.operating_point import OperatingPoint, choose, choosers_and_judges
 from minisweet.classifier.promise import Goal
 from minisweet.classifier.rows import LabelType, texts_of
+from minisweet.classifier.run import Record
 from minisweet.classifier.split import one_of_each, units_of
+from minisweet.classifier.training import BATCH_SIZE, leaves, run_all
 from minisweet.exits import MultiExitModel
-from minisweet.outputs import BATCH_SIZE, run_all
-from minisweet.run import Record
 from minisweet.texts import Examples, Texts
 
 TYPES: dict[LabelType, Any] = {"str": str, "int": int, "float": float, "bool": "True".__eq__}  # names back to labels
