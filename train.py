@@ -3,126 +3,165 @@
     python train.py                                   # minilm-l6, sweet, toy: a few minutes on two cores
     python train.py --model bert-base --method sweet --task rte
 
-Writes a run folder for evaluate.py. The loop is in minisweet/training.py. For your own text: minisweet fit FILE.
+Writes a run folder for evaluate.py. The training loop is `fine_tune` below; the methods differ in the forward pass of
+minisweet/exits.py.
+
+Dimension letters: B batch, K exits, C classes.
 """
 
 import hashlib
 import time
-from dataclasses import replace
+from argparse import Namespace
 from functools import partial
+from math import ceil
 from pathlib import Path
 from shlex import quote
 
 import numpy as np
 import torch
+from torch.amp import GradScaler
+from torch.nn.utils import clip_grad_norm_
 
-from minisweet.base.commands import Parser, name_of, run_command
+from minisweet.base.commands import Parser, number, positive_number, progress, run_command
 from minisweet.base.devices import choose_device, choose_precision, device_name
 from minisweet.base.files import LOG, InputError
-from minisweet.checkpoint import WEIGHTS, load_encoder, read_config
-from minisweet.defaults import resolve
-from minisweet.fast import tune_cpu
-from minisweet.hub import fetch_task, home, model_folder
-from minisweet.methods import build_model
-from minisweet.options import TrainingOptions
-from minisweet.run import Record, check_output, run_name, save_run, versions, weights_id
+from minisweet.checkpoint import WEIGHTS, load_layers, read_config
+from minisweet.defaults import fill_in
+from minisweet.exits import METHODS, MultiExitModel, build_models, exit_loss
+from minisweet.fast import tune_cpu, used_rows
+from minisweet.hub import fetch_task, model_folder
+from minisweet.options import WHAT, add_training_options
+from minisweet.run import Run, check_output, environment, run_name, save_run
 from minisweet.tasks import TASKS, find_task, load_examples
 from minisweet.texts import Texts, load_tokenizer
-from minisweet.training import fine_tune
+
+
+def fine_tune(
+    model: MultiExitModel,
+    texts: Texts,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype | None = None,
+) -> list[list[float]]:
+    """Train all parameters of a model on labelled texts (App. A). Returns the losses of each step, (steps, K).
+
+    The loss is the unweighted sum of the exits' losses. The learning rate decays linearly from `lr` to zero. As in the
+    authors' code, there is no weight decay and no warm-up. `precision` is the type to autocast to; None means float32.
+    Raises InputError if a loss, or a trained parameter, is infinite or NaN.
+    """
+    device = torch.device(device)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    scaler = GradScaler(device.type, enabled=precision is torch.float16)  # for float16 alone
+    steps = epochs * ceil(len(texts) / batch_size)
+    batches = (batch for epoch in range(epochs) for batch in texts.shuffled(batch_size, seed, epoch))
+    history: list[list[float]] = []
+    for step, batch in enumerate(progress(batches, total=steps, unit="step", desc="training")):
+        batch = batch.to(device)
+        torch.manual_seed(1_000_003 * seed + 1_009 * (step + 1))  # dropout, the same whatever ran before
+        with torch.autocast(device.type, precision, enabled=precision is not None):
+            losses = torch.stack([exit_loss(answer, batch.labels) for answer in model(*batch.inputs)])  # (K,)
+        optimizer.zero_grad()
+        scaler.scale(losses.sum()).backward()
+        losses = losses.detach()  # otherwise the graph lives on during the next step
+        scaler.unscale_(optimizer)
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        scaler.step(optimizer)
+        scaler.update()
+        history.append(losses.tolist())
+        if not losses.isfinite().all():
+            raise InputError(f"at {lr:g} the loss became infinite or NaN at step {step + 1}; try a lower one", "lr")
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):  # the last update: no loss has seen it
+        raise InputError(f"at {lr:g} the weights became infinite or NaN at step {steps}; try a lower one", "lr")
+    model.cpu()
+    return history
+
+
+def train(args: Namespace) -> Path:
+    """Train a model on a task and write the run to a folder, which is returned.
+
+    Raises InputError if the folder cannot be written or replaced (before training), if model and data do not match, and
+    if training diverges.
+    """
+    # 1. Options: those that are left open depend on the model, the task and its rows.
+    out = args.out or Path("runs") / run_name(args)
+    check_output(out, args.overwrite)
+    fetch_task(args.task, args.data_dir)
+    task = find_task(args.task, args.data_dir)
+    folder = model_folder(args.model)
+    config = read_config(folder, args.pooling)
+    rows, dev = (load_examples(args.task, split, args.data_dir) for split in ("train", "dev"))
+    fill_in(args, config, task, min(len(rows.first), args.train_size))
+    device = choose_device(args.device)
+    precision = choose_precision(args.amp, device, training=True)
+
+    # 2. Data: at most `train_size` rows to train on, sampled with the seed, the same for all methods.
+    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_tokens)
+    order = np.random.default_rng(args.seed).permutation(len(rows.first))
+    subset = np.sort(order[: args.train_size]).tolist()  # for one seed, a smaller subset is part of a larger one
+    texts = Texts(tokenizer, rows.take(subset))
+
+    # 3. Models: public weights, with new exits.
+    torch.manual_seed(args.seed)
+    first_layers = partial(load_layers, folder, config)
+    models = build_models(args.method, first_layers, args.exit_layers, len(task.labels), args.exit_strategy)
+    if rows.second is not None and models[0].encoder.reads_token_types and config.type_vocab_size < 2:
+        raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {args.task}, need 2")
+    counts = len(texts), len(order), args.max_length, texts.is_cut.sum(), len(dev.first)
+    LOG.info("%s: %d of %d rows to train on (cut to %d tokens: %d), %d to validate", args.task, *counts)
+    exits, depth = ",".join(map(str, args.exit_layers)), config.num_hidden_layers
+    LOG.info("%s, %s, exits after layers %s of %d", METHODS[args.method], args.model, exits, depth)
+    where = device_name(device), precision or torch.float32
+    LOG.info("lr %g, epochs %d, seed %d, %s, %s", args.lr, args.epochs, args.seed, *where)
+
+    # 4. Training.
+    start, losses = time.perf_counter(), []
+    settings = {name: getattr(args, name) for name in ("epochs", "batch_size", "lr", "seed")}
+    for model in models:
+        with used_rows(model.encoder.word_embeddings, texts) as few:  # only for speed
+            losses.append(fine_tune(model, few, **settings, device=device, precision=precision))
+
+    # 5. Save.
+    check_output(out, args.overwrite)  # once more, since training takes a while
+    run = Run(
+        **{name: getattr(args, name) for name in ("method", "task", "lr", "seed", *WHAT) if name != "pooling"},
+        data_dir=str(args.data_dir.resolve()),
+        labels=list(task.labels),
+        metric=task.metric,
+        text_columns=list(task.columns[:-1]),
+        header=list(task.header or ()),
+        subset=subset,
+        train_rows=rows.digest(),
+        dev_rows=dev.digest(),
+        weights=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        losses=[np.round(of_model, 5).tolist() for of_model in losses],
+        seconds=round(time.perf_counter() - start, 1),
+        **environment(device, precision),
+    )
+    save_run(out, run, models, config, tokenizer, args.overwrite)
+    return out
 
 
 def main() -> None:
-    """Read the options, train one run, and say what to do next."""
+    """Train one run, and say what to do next."""
     parser = Parser(__doc__)
-    parser.add_options(TrainingOptions, "model", "pooling", title="model")
-    parser.add_options(TrainingOptions, "method", "exit_layers", "exit_strategy", title="method")
-    data = parser.add_argument_group("data").add_argument
-    data("--task", type=name_of, default="toy", help=f"{', '.join(TASKS)}, or a folder in --data-dir (default: toy)")
-    data("--data-dir", type=Path, default=home() / "data", help="the folder of the tasks (default: %(default)s)")
-    parser.add_options(TrainingOptions, "train_size", "max_length", title="data")
-    parser.add_options(TrainingOptions, "lr", "epochs", "batch_size", "seed", "device", "amp", title="training")
-    output = parser.add_argument_group("output").add_argument
-    output("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
-    output("--overwrite", action="store_true", help="replace the run in --out when the new one is trained")
+    option = parser.add_argument
+    option("--method", choices=METHODS, default="sweet", help="(%(default)s)")
+    option("--task", default="toy", help=f"{', '.join(TASKS)}, or a folder in --data-dir (%(default)s)")
+    add_training_options(parser)
+    option("--lr", type=positive_number, help="initial learning rate (by the model and the task)")
+    option("--seed", type=number(int, 0), default=0, help="of rows, order, heads and dropout (%(default)s)")
+    option("--out", type=Path, help="run folder (runs/<model>-<method>-<task>-seed<k>)")
+    option("--overwrite", action="store_true", help="replace the run in --out when the new one is trained")
     args = parser.parse_args()
-    options = parser.make(TrainingOptions, args)
-    out = args.out or Path("runs") / run_name(options, args.task)
     tune_cpu()
-    train(options, args.task, args.data_dir, out, args.overwrite)
+    out = train(args)
     print(f"{out}: trained; next: python evaluate.py {quote(str(out))}")
-
-
-def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwrite: bool = False) -> None:
-    """Train a model on a task and write the run to a folder.
-
-    Raises InputError if `out` cannot be written or replaced (before training), if model and data do not match, and if
-    training diverges.
-    """
-    # 1. Options: those that are left open depend on the model, the task and its rows.
-    check_output(out, overwrite)
-    fetch_task(task, data_dir)
-    spec = find_task(task, data_dir)
-    folder = model_folder(options.model)
-    config = read_config(folder)
-    rows, validation = load_examples(task, "train", data_dir), load_examples(task, "dev", data_dir)
-    options = resolve(options, config, task, spec, min(len(rows.first), options.train_size))
-    device = choose_device(options.device)
-    precision = choose_precision(options.amp, device, training=True)
-
-    # 2. Data: at most `train_size` rows to train on, sampled with the seed, the same for all methods; and all dev rows.
-    tokenizer = load_tokenizer(folder, config.vocab_size, options.max_length, config.max_tokens)
-    if rows.second is not None and config.type_vocab_size == 1:
-        raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {task}, need 2")
-    order = np.random.default_rng(options.seed).permutation(len(rows.first))
-    subset = np.sort(order[: options.train_size]).tolist()  # for one seed, a smaller subset is part of a larger one
-    texts = Texts(tokenizer, rows.take(subset))
-
-    # 3. Model: public weights, with new exits.
-    torch.manual_seed(options.seed)
-    first_layers = partial(load_encoder, folder, pooling=options.pooling)
-    model = build_model(options.method, first_layers, options.exit_layers, len(spec.labels), options.exit_strategy)
-    record = Record(
-        arguments=options,
-        task=task,
-        labels=list(spec.labels),
-        metric=spec.metric,
-        text_columns=list(spec.columns[:-1]),
-        header=list(spec.header or ()),
-        exit_layers=options.exit_layers,
-        depth=config.num_hidden_layers,
-        vocab_size=config.vocab_size,
-        subset=subset,
-        weights=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
-        trained_keys=sorted({*texts.keys.tolist()}),
-        device=device_name(device),
-        precision=str(precision or torch.float32),
-        versions=versions(),
-    )
-    announce(record, texts, len(rows.first), len(validation.first))
-
-    # 4. Loop: EE and SWEET are one model, and MM is one per exit.
-    start = time.perf_counter()
-    settings = options.epochs, options.batch_size, options.lr, options.seed, device, precision
-    for part in model.models_alone:
-        name = f"layers {part.exit_layers[-1]}" if options.method == "mm" else options.method
-        losses = fine_tune(part, texts, *settings, title=name)
-        record.losses[name] = np.round(losses, 5).tolist()
-
-    # 5. Save.
-    record = replace(record, id=weights_id(model), seconds=round(time.perf_counter() - start, 1))
-    check_output(out, overwrite)  # once more, since training takes a while
-    save_run(out, record, model.eval(), tokenizer, validation, overwrite=overwrite)
-
-
-def announce(record: Record, texts: Texts, all_rows: int, dev_rows: int) -> None:
-    """Log what is about to be trained."""
-    options = record.arguments
-    exits = ",".join(map(str, record.exit_layers))
-    LOG.info("%s, exits after layers %s of %d, method %s", options.model, exits, record.depth, options.method)
-    LOG.info("%s: %d of %d rows to train on, %d to validate", record.task, len(texts), all_rows, dev_rows)
-    LOG.info("texts cut to %d tokens: %d", options.max_length, texts.is_cut.sum())
-    settings = options.lr, options.epochs, options.seed, record.device, record.precision
-    LOG.info("lr %g, epochs %d, seed %d, %s, %s", *settings)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ To read and to study (B batch, T tokens, D hidden size, L layers, K exits, C cla
     encoder = load_encoder("weights/minilm-l6")                  # any folder in Hugging Face's layout
     hidden = encoder(input_ids, attention_mask, token_type_ids)  # L+1 tensors (B, T, D): embeddings, each layer
     model = MultiExitModel(encoder, exit_layers=(1, 2, 3, 6), num_labels=2, method="sweet")  # or "ee"
-    logits = model(input_ids, attention_mask, token_type_ids)    # (K, B, C); call model.eval() first to predict
+    answers = model(input_ids, attention_mask, token_type_ids)   # K of them; call model.eval() first to predict
+    answers[k].logits, answers[k].certainty                      # (B, C); (B,), or None without learning-to-exit
     model.heads[k].pooler, model.heads[k].classifier             # nn.Linear each, k from 0
-    models = build_multi_model("weights/minilm-l6", exit_layers=(1, 2, 3, 6), num_labels=2)  # MM, same calls
+    models = build_multi_model("weights/minilm-l6", exit_layers=(1, 2, 3, 6), num_labels=2)  # MM: a list
 
 For your own text (see `help(EarlyExitClassifier)`):
 
@@ -26,7 +27,7 @@ _MODULES = {
     "InputError": "base.files",
     "MultiExitModel": "exits",
     "NgramExit": "classifier.bag_of_words",
-    "build_multi_model": "methods",
+    "build_multi_model": "exits",
     "load_encoder": "checkpoint",
     "tune_cpu": "fast",
 }

@@ -4,9 +4,9 @@ Embeddings and L post-norm Transformer layers. There is no pooler, because each 
 has what all encoders share, and explains the dimension letters.
 """
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet import fast
 from minisweet.config import BertConfig, Config
 from minisweet.layers import TransformerEncoder, TransformerLayer, draw_weights, padding_bias
 
@@ -30,11 +30,18 @@ class BertLayer(TransformerLayer):
         query = self.split_heads(self.query(hidden))  # (B, H, T, d)
         key = self.split_heads(self.key(hidden))  # (B, H, T, d)
         value = self.split_heads(self.value(hidden))  # (B, H, T, d)
-        return fast.attention(query, key, value, context[0], self.attention_dropout)
+        dropout, bias = self.attention_dropout, context[0]
+        if self.training and query.device.type == "cpu":  # as a formula, to which the faster dropout applies
+            scores = (query * query.shape[-1] ** -0.5) @ key.mT + bias  # (B, H, T, T)
+            return dropout(scores.softmax(-1)).to(value.dtype) @ value
+        p = dropout.p if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype), dropout_p=p)
 
 
 class BertEncoder(TransformerEncoder):
     """Embeddings and layers of BERT, randomly initialised. `load_encoder` loads a checkpoint."""
+
+    reads_token_types = True
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)

@@ -6,9 +6,9 @@ our configs are ignored, because they describe the file rather than the model. h
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -34,6 +34,7 @@ REPOSITORIES = {
 }
 SENTENCE_ENCODERS = ("minilm-l6", "mpnet-base")  # presets that were trained to give the mean of their tokens
 POOLING = "1_Pooling/config.json"  # where sentence-transformers keeps what it trained a model to give
+OLD = "pooling_mode_"
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
 OURS = "minisweet"  # the model_type of a run, so that other libraries do not mistake it for a plain BERT
 ARCHITECTURES = {
@@ -63,13 +64,6 @@ CLASSIFIERS = {
 # buffer that counts 0, 1, 2, ..., and DeBERTa's absolute positions, which only pre-training used.
 DROPPED: tuple[str, ...] = ("cls.", "lm_head.", "lm_predictions.", "mask_predictions.", "classifier.", "qa_outputs.")
 DROPPED += ("embeddings.position_ids", "embeddings.position_embeddings.")
-Made = TypeVar("Made", bound=nn.Module)
-
-
-class Parts(nn.ModuleDict):
-    """What a checkpoint holds."""
-
-    encoder: TransformerEncoder  # beside it the pooler and the classifier, nn.Linear, if they are loaded
 
 
 def public_name(name: str, model_type: str) -> str:
@@ -83,34 +77,40 @@ def public_name(name: str, model_type: str) -> str:
     return f"encoder.layer.{n}." + (f"{modules[module]}.{kind}" if module in modules else f"attention.self.{part}")
 
 
-def read_config(folder: str | Path) -> Config:
-    """Read `folder`/config.json. Raises InputError, naming the file and the field, for what is not implemented."""
+def read_config(folder: str | Path, pooling: str | None = None) -> Config:
+    """Read `folder`/config.json. Raises InputError, naming the file and the field, for what is not implemented.
+
+    `pooling` is what exits read, "cls" or "mean"; None means what the checkpoint was trained to give.
+    """
     path = Path(folder) / "config.json"
     content = read_json(path)
-    # BERT's oldest checkpoints have no model_type.
-    model_type = content.get("encoder_type" if content.get("model_type") == OURS else "model_type", "bert")
+    is_ours = content.get("model_type") == OURS
+    model_type = content.get("encoder_type" if is_ours else "model_type", "bert")  # BERT's oldest have no model_type
     if model_type not in list(ARCHITECTURES):
         raise InputError(f"{path}: model_type is {model_type!r}, and only {', '.join(ARCHITECTURES)} are implemented")
     if isinstance(terms := content.get("pos_att_type"), list):
         content["pos_att_type"] = "|".join(map(str, terms))
-    if content.get("model_type") != OURS and "pooling" not in content:
-        content["pooling"] = read_pooling(Path(folder))
+    if pooling or (not is_ours and "pooling" not in content):
+        content["pooling"] = pooling or read_pooling(Path(folder))
     return read_dataclass(ARCHITECTURES[model_type][0], path, content)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pooling:
-    """The key of sentence-transformers that says what a model was trained to give."""
-
-    pooling_mode_mean_tokens: bool = False
-
-
 def read_pooling(folder: Path) -> str:
-    """What the exits of a public checkpoint read: "mean" if it was trained to give its tokens' mean, else "cls"."""
+    """What the exits of a public checkpoint read: "mean" if it was trained to give its tokens' mean, else "cls".
+
+    Raises InputError if it was trained to give anything else.
+    """
     path = folder / POOLING
-    if path.exists():
-        return "mean" if read_dataclass(Pooling, path).pooling_mode_mean_tokens else "cls"
-    return "mean" if {folder.name, folder.resolve().name} & {*SENTENCE_ENCODERS} else "cls"
+    if not path.exists():
+        return "mean" if {folder.name, folder.resolve().name} & {*SENTENCE_ENCODERS} else "cls"
+    content = read_json(path)
+    # One mode or several; before version 6 of sentence-transformers each had a key of its own, which was true or false.
+    found = content.get("pooling_mode", [name for name, value in content.items() if value is True and OLD in name])
+    modes = [found] if isinstance(found, str) else found
+    for name in ("cls", "mean"):
+        if modes in ([name], [f"{OLD}{name}_token"], [f"{OLD}{name}_tokens"]):
+            return name
+    raise InputError(f"{path}: the model was trained to give {modes!r:.80}; exits should read cls or mean", "pooling")
 
 
 def new_encoder(config: Config, num_layers: int) -> TransformerEncoder:
@@ -130,15 +130,19 @@ def load_encoder(
     state dict of the checkpoint's pooler, from which exit heads start, or None. Raises InputError if there are fewer
     layers, or if a file is missing, unreadable, not implemented, or does not fit the others.
     """
-    encoder = load_parts(Path(folder), num_layers).encoder.eval()
-    encoder.config = replace(encoder.config, pooling=pooling or encoder.config.pooling)
-    return encoder
+    return load_layers(Path(folder), read_config(folder, pooling), num_layers)
 
 
-def load_parts(folder: Path, num_layers: int | None = None, num_labels: int = 0) -> Parts:
-    """Load the encoder, the checkpoint's pooler if there is one, and the classifier if `num_labels` is not 0."""
-    config, slices = read_config(folder), open_weights(folder)
-    config = replace(config, pooling="cls") if num_labels else config  # these classifiers read [CLS], whatever it says
+def load_layers(folder: Path, config: Config, num_layers: int | None = None) -> TransformerEncoder:
+    """As `load_encoder`, with the config that `read_config` gives of the folder."""
+    return load_parts(folder, config, num_layers)[0].eval()
+
+
+def load_parts(
+    folder: Path, config: Config, num_layers: int | None = None, num_labels: int = 0
+) -> tuple[TransformerEncoder, dict[str, nn.Linear]]:
+    """Load the encoder, and by name its "pooler", if there is one, and "classifier", if `num_labels` is not 0."""
+    slices, _ = open_weights(folder)
     model_type, D, depth = config.model_type, config.hidden_size, config.num_hidden_layers
     L = depth if num_layers is None else num_layers
     if not 1 <= L <= depth:
@@ -148,10 +152,6 @@ def load_parts(folder: Path, num_layers: int | None = None, num_labels: int = 0)
         poolers = [name for name in (heads["pooler"], "pooler.dense") if f"{name}.weight" in slices]
         heads = {"pooler": poolers[0]} if poolers else {}
 
-    def make() -> Parts:
-        sizes = {"pooler": D, "classifier": num_labels}
-        return Parts({"encoder": new_encoder(config, L)} | {part: nn.Linear(D, sizes[part]) for part in heads})
-
     def to_public(name: str) -> str:
         part, _, rest = name.partition(".")
         return public_name(rest, model_type) if part == "encoder" else f"{heads[part]}.{rest}"
@@ -159,18 +159,21 @@ def load_parts(folder: Path, num_layers: int | None = None, num_labels: int = 0)
     # Our key has no bias. BERT's adds the same number to all scores of a query, which softmax ignores.
     dropped = [*DROPPED, *(public_name(f"layers.{n}.key.bias", model_type) for n in range(L))]
     dropped += [f"encoder.layer.{n}." for n in range(L, depth)]
-    parts = load_strict(folder, make, to_public, dropped)
+    with fast.no_initial_weights():
+        encoder, sizes = new_encoder(config, L), {"pooler": D, "classifier": num_labels}
+        linear = {part: nn.Linear(D, sizes[part]) for part in heads}
+    load_strict(nn.ModuleDict({"encoder": encoder, **linear}), slices, folder, to_public, dropped)
     if heads:
-        parts.encoder.pooler_start = parts["pooler"].state_dict()
-    return parts
+        encoder.pooler_start = linear["pooler"].state_dict()
+    return encoder, linear
 
 
-def open_weights(folder: Path) -> dict:
-    """Open model.safetensors of a folder. Returns slices by the tensors' names; a slice is read when it is indexed.
+def open_weights(folder: Path) -> tuple[dict, dict[str, str]]:
+    """Open model.safetensors of a folder. Returns slices by the tensors' names, and the file's metadata.
 
-    The names have no prefix "bert.", "deberta." or "mpnet.", and LayerNorm's parameters have today's names. A
-    pytorch_model.bin without a model.safetensors is converted first. Raises InputError for a file that is missing,
-    broken or ambiguous.
+    A slice is read when it is indexed. Names have no prefix "bert.", "deberta." or "mpnet.", and LayerNorm's parameters
+    have today's names. A pytorch_model.bin without a model.safetensors is converted first. Raises InputError for a file
+    that is missing, broken or ambiguous.
     """
     path, pickled = folder / WEIGHTS, folder / PICKLED
     slices = {}
@@ -190,26 +193,25 @@ def open_weights(folder: Path) -> dict:
         if plain in slices:
             raise InputError(f"{path}: it holds {plain} twice, once as {name}")
         slices[plain] = file.get_slice(name)
-    return slices
+    return slices, file.metadata() or {}
 
 
 def load_strict(
-    folder: Path, make: Callable[[], Made], to_public: Callable[[str], str] = str, dropped: Sequence[str] = ()
-) -> Made:
-    """Make a module in float32 and load the weights of a folder, each tensor of which must be used or dropped.
+    module: nn.Module, slices: dict, folder: Path, to_public: Callable[[str], str] = str, dropped: Sequence[str] = ()
+) -> None:
+    """Load weights into a module in float32; each tensor must be used or dropped.
 
     Args:
-        folder: of the weights.
-        make: makes the module, all of whose buffers must be in its state dict.
+        module: made within `no_initial_weights`. All its buffers must be in its state dict.
+        slices: of `open_weights`.
+        folder: where they are from, for messages.
         to_public: maps our names to the names in the file.
         dropped: prefixes of names to ignore.
 
     Raises InputError if tensors do not fit. It names the first five, with both shapes.
     """
-    slices = open_weights(folder)
+    slices = dict(slices)
     problems, tensors = [], {}
-    with fast.no_initial_weights():
-        module = make()
     for name, value in module.state_dict().items():
         source = to_public(name)
         shape = list(value.shape)
@@ -230,4 +232,3 @@ def load_strict(
     if problems:
         raise InputError(f"{folder / WEIGHTS} does not fit its config.json: {preview(problems)}")
     module.load_state_dict(tensors, assign=True)
-    return module

@@ -1,10 +1,10 @@
-"""The defaults that depend on the model and the task: exits, what they read, batch size, learning rate, epochs."""
+"""The defaults that depend on the model and the task: exits, batch size, learning rate, epochs."""
 
+from argparse import Namespace
 from math import ceil
 
 from minisweet.base.files import InputError
 from minisweet.config import Config
-from minisweet.options import Resolved, TrainingOptions
 from minisweet.tasks import Task
 
 # Table 2 of the paper, in 1e-5: the rates with the largest area under the curve, by model type, hidden size and depth.
@@ -18,26 +18,24 @@ TABLE_2 = {
 SMALL = 512  # models up to this hidden size, such as MiniLM (384), need larger rates
 
 
-def resolve(options: TrainingOptions, config: Config, task: str, spec: Task, rows: int) -> Resolved:
-    """Fill in the defaults that depend on the model, and on the task: name, `spec` and number of rows.
+def fill_in(args: Namespace, config: Config, task: Task, rows: int) -> None:
+    """Replace the options of a training that are None: by the model, the task and its number of training rows.
 
     Raises InputError if the model cannot have these exits.
     """
-    depth = config.num_hidden_layers
-    layers = options.exit_layers or default_exit_layers(depth)
-    typed = ",".join(map(str, layers))
-    if layers != sorted(layers) or layers[-1] > depth:
-        raise InputError(f"{typed}, should increase and end at one of the layers 1 to {depth}", "exit_layers")
-    rates_of = options.method if len(layers) > 1 else "mm"  # with one exit all methods train like a model of MM
-    batch_size = options.batch_size or default_batch_size(config)
-    filled = {
-        "exit_layers": layers,
-        "pooling": options.pooling or config.pooling,
-        "batch_size": batch_size,
-        "lr": options.lr or default_learning_rate(config, task, rates_of),
-        "epochs": options.epochs or default_epochs(spec.epochs, spec.steps, rows, batch_size),
-    }
-    return Resolved(**vars(options) | filled)
+    args.exit_layers = args.exit_layers or default_exit_layers(config.num_hidden_layers)
+    check_exit_layers(args.exit_layers, config)
+    rates_of = args.method if len(args.exit_layers) > 1 else "mm"  # with one exit all methods train like MM's models
+    args.batch_size = args.batch_size or default_batch_size(config)
+    args.lr = args.lr or default_learning_rate(config, args.task, rates_of)
+    args.epochs = args.epochs or default_epochs(task.epochs, task.steps, rows, args.batch_size)
+
+
+def check_exit_layers(layers: list[int] | None, config: Config) -> None:
+    """Raise InputError if the model cannot have exits after these layers."""
+    if layers and (layers != sorted(layers) or layers[-1] > config.num_hidden_layers):
+        right = f"should increase and end at one of the layers 1 to {config.num_hidden_layers}"
+        raise InputError(f"{','.join(map(str, layers))}, {right}", "exit_layers")
 
 
 def default_exit_layers(depth: int) -> list[int]:
@@ -62,7 +60,7 @@ def default_epochs(least: int, steps: int, rows: int, batch_size: int) -> int:
 def default_learning_rate(config: Config, task: str = "", method: str = "") -> float:
     """The paper's learning rate if it has one (Table 2), or else 1e-4 up to a hidden size of 512, and 5e-5 above."""
     rates = TABLE_2.get((config.model_type, config.hidden_size, config.num_hidden_layers))
-    if rates is None or task not in TABLE_2_TASKS:
+    if rates is None or task not in TABLE_2_TASKS or method not in rates:
         return 1e-4 if config.hidden_size <= SMALL else 5e-5
     return rates[method][TABLE_2_TASKS.index(task)] / 1e5
 

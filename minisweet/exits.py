@@ -1,49 +1,89 @@
-"""Exits on an encoder: Early-Exit (EE), Multi-Model (MM) and SWEET, the paper's method (Sections 2 to 4).
+"""Exits on an encoder: the paper's three methods, Early-Exit, SWEET and Multi-Model (Sections 2 to 4).
 
-- Early-Exit (EE): one model. The loss of each exit updates all layers below that exit.
-- SWEET: one model. The gradient stops at each exit, so a loss only updates the layers after the previous exit.
-- Multi-Model (MM): one model per exit, each trained by itself. An instance that does not exit is processed from
-  the embeddings again by the next model.
+    Early-Exit (ee)     -- 1 -- 2 -- 3                 numbers are exits; each loss updates all layers (--) below it
+    SWEET (sweet)       -- 1 x- 2 x- 3                 the gradient stops at x, the previous exit
+    Multi-Model (mm)    -- 1    ----- 2    -------- 3  one model per exit, trained by itself
 
-The exits whose losses update each part, for exits after layers 1, 2 and 4. (In MM each model has its own parameters.)
-
-                 ee      sweet
-    embeddings   1 2 4   1
-    layer 1      1 2 4   1
-    layer 2      2 4     2
-    layer 3      4       4
-    layer 4      4       4
-    head 1       1       1
-    head 2       2       2
-    head 4       4       4
-
-In SWEET each parameter is updated by exactly one classifier, as the paper says. The authors' code differs: all exits
-share a pooler, and the gradients of all exits reach DeBERTa's table of relative positions. Here each exit has its own
-pooler, and the first exit alone updates the table. As in the authors' code, the gradients of all exits are clipped
-together: a large gradient scales down the others but keeps their direction.
+The loss is the sum of the exits' losses (train.py). Where gradients stop, each parameter gets that of one exit alone.
 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
-from typing import cast
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.fast import Dropout
+from minisweet.checkpoint import load_encoder
+from minisweet.dropout import Dropout
 from minisweet.layers import TransformerEncoder, checked_inputs, draw_weights
 
-EXIT_STRATEGIES = ("confidence", "lte")  # lte: learning-to-exit, see `ExitHead`
-ExitOutput = tuple[Tensor, Tensor | None]  # logits (B, C); certainty (B,), or None without learning-to-exit
-ExitOutputs = Generator[ExitOutput, Tensor | None, None]  # see `ExitModel.exit_by_exit`
+# A new method is a name here and a line in `MultiExitModel.forward` or, if it trains other models, in `build_models`.
+METHODS = {"sweet": "SWEET", "ee": "Early-Exit", "mm": "Multi-Model"}  # with their titles in figures
+
+
+class Answer(NamedTuple):
+    """The answer of one exit to B texts."""
+
+    logits: Tensor  # (B, C)
+    certainty: Tensor | None = None  # (B,), of learning-to-exit alone
 
 
 def stop_gradient(x: Tensor) -> Tensor:
     """The same values, but no gradient flows back through them."""
     return x.detach()
+
+
+class MultiExitModel(nn.Module):
+    """An encoder with exits: EE, SWEET, or one of MM's models.
+
+    Args:
+        encoder: BERT, DeBERTa or MPNet. Layers after the last exit are never run. Its config says what exits read.
+        exit_layers: the layers with an exit, increasing, counted from 1 as in the paper.
+        num_labels: C.
+        method: a key of METHODS. From equal weights all give equal answers, but "sweet" has other gradients.
+        exit_strategy: a key of HEADS: "confidence", or "lte" for learning-to-exit.
+    """
+
+    def __init__(
+        self,
+        encoder: TransformerEncoder,
+        exit_layers: Sequence[int],
+        num_labels: int,
+        method: str = "sweet",
+        exit_strategy: str = "confidence",
+    ) -> None:
+        super().__init__()
+        check_exits(exit_layers, len(encoder.layers), method, exit_strategy, encoder.config.pooling)
+        self.encoder, self.exit_layers, self.num_labels, self.method = encoder, list(exit_layers), num_labels, method
+        self.heads = nn.ModuleList(HEADS[exit_strategy](encoder, num_labels) for _ in exit_layers)
+        self.train()  # as any new module, whatever the encoder's mode was
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> list[Answer]:
+        """The answers of all K exits.
+
+        The arguments are (B, T), int64. `attention_mask` is 1 for tokens (the default) and 0 for padding; ValueError is
+        raised if padding is not last. `token_type_ids` is 0 in the first sentence (the default) and 1 in the second.
+        """
+        input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
+        answers: list[Answer] = []
+        hidden = self.encoder.embed(input_ids, token_type_ids)  # (B, T, D)
+        context = self.encoder.context(mask)  # the bias for padding, and what MPNet and DeBERTa learn of distances
+        for n, layer in enumerate(islice(self.encoder.layers, self.exit_layers[-1]), start=1):
+            hidden = layer(hidden, context)  # (B, T, D); in EE the gradients of all later exits flow back through here
+            if n in self.exit_layers:
+                head = self.heads[len(answers)]
+                answers.append(head(pool(hidden, mask, self.encoder.config.pooling)))
+                if self.method == "sweet":
+                    hidden, context = stop_gradient(hidden), tuple(map(stop_gradient, context))
+        return answers
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
@@ -62,11 +102,10 @@ class ExitHead(nn.Module):
     """A classifier on what an exit reads: dropout, pooler (a linear layer) and activation, dropout, classifier.
 
     The pooler starts from the encoder's `pooler_start` if there is one. Otherwise it is initialised at random, like the
-    classifier. For learning-to-exit ("lte", Sec. 5; after Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a
-    linear layer next to the classifier learns to predict whether the classifier is right.
+    classifier.
     """
 
-    def __init__(self, encoder: TransformerEncoder, num_labels: int, exit_strategy: str = "confidence") -> None:
+    def __init__(self, encoder: TransformerEncoder, num_labels: int) -> None:
         super().__init__()
         config, D = encoder.config, encoder.config.hidden_size
         self.pooler_dropout = Dropout(config.pooler_dropout)
@@ -77,150 +116,96 @@ class ExitHead(nn.Module):
         draw_weights(self, config.initializer_range)
         if encoder.pooler_start is not None:
             self.pooler.load_state_dict(encoder.pooler_start)
-        self.lte = nn.Linear(D, 1) if exit_strategy == "lte" else None  # with torch's initial weights
         self.to(encoder.word_embeddings.weight)  # the encoder's device and type
 
-    def forward(self, x: Tensor) -> ExitOutput:
-        """Map what `pool` gives, (B, D), to logits (B, C) and certainty (B,) or None."""
-        pooled = self.activation(self.pooler(self.pooler_dropout(x)))  # (B, D)
-        certainty = None if self.lte is None else self.lte(pooled)[:, 0].float().sigmoid()
-        return self.classifier(self.dropout(pooled)), certainty
+    def forward(self, x: Tensor) -> Answer:
+        """Map what `pool` gives, (B, D), to an answer."""
+        return Answer(self.classifier(self.dropout(self.pooled(x))))
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The pooler's output, (B, D)."""
+        return self.activation(self.pooler(self.pooler_dropout(x)))
 
 
-def exit_loss(logits: Tensor, certainty: Tensor | None, targets: Tensor) -> Tensor:
-    """One exit's loss, a scalar: cross-entropy, and for learning-to-exit the squared error of the certainty.
+def exit_loss(answer: Answer, labels: Tensor) -> Tensor:
+    """One exit's loss on B labels, a scalar: cross-entropy, and in learning-to-exit the certainty's squared error.
 
-    `targets` are labels (B,) or probabilities (B, C). The target of `certainty` (B,) is 1 where the prediction of
-    `logits` (B, C) is right, and 0 elsewhere.
+    The target of a certainty is 1 where the logits' prediction is right, and 0 elsewhere.
     """
-    loss = F.cross_entropy(logits.float(), targets)
-    if certainty is not None:
-        labels = targets if targets.ndim == 1 else targets.argmax(-1)
-        loss = loss + ((certainty - (logits.argmax(-1) == labels).float()) ** 2).mean()
+    loss = F.cross_entropy(answer.logits.float(), labels)
+    if answer.certainty is not None:
+        loss = loss + ((answer.certainty - (answer.logits.argmax(-1) == labels).float()) ** 2).mean()
     return loss
 
 
-def rows_that_stay(stay: Tensor | None, attention_mask: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Keep the rows (None: all) of tensors (B, T, ...) where `stay` (B,) is true, cut to the longest text left."""
-    if stay is None or stay.all():
-        return attention_mask, *others
-    T = attention_mask[stay].sum(1).max().clamp(min=1)  # tokens of the longest text that stays
-    return tuple(x[stay, :T] for x in (attention_mask, *others))
+def build_models(
+    method: str,
+    first_layers: Callable[[int], TransformerEncoder],
+    exit_layers: Sequence[int],
+    num_labels: int,
+    exit_strategy: str = "confidence",
+) -> list[MultiExitModel]:
+    """The models of a method: one with all exits or, for MM, one per exit, the smallest first, which share nothing.
+
+    `first_layers(n)` makes an encoder of a checkpoint's first n layers. For the other arguments see `MultiExitModel`.
+    """
+    exits_of = [[n] for n in exit_layers] if method == "mm" else [exit_layers]
+    return [MultiExitModel(first_layers(own[-1]), own, num_labels, method, exit_strategy) for own in exits_of]
 
 
-class ExitModel(nn.Module):
-    """What all models with exits share. A subclass defines `exit_by_exit`."""
+def build_multi_model(
+    folder: str | Path, exit_layers: Sequence[int], num_labels: int, exit_strategy: str = "confidence"
+) -> list[MultiExitModel]:
+    """MM's independent models of one checkpoint: the model for n in `exit_layers` has its first n layers and one exit.
 
-    method: str
-
-    def __init__(self, exit_layers: Sequence[int], num_labels: int, num_layers: int) -> None:
-        super().__init__()
-        layers = tuple(exit_layers)
-        if not layers or layers != tuple(n for n in range(1, num_layers + 1) if n in layers):
-            raise ValueError(f"exit_layers is {layers}, and must be increasing layers in 1 to {num_layers}")
-        self.exit_layers, self.num_labels = layers, num_labels
-
-    @property
-    def models_alone(self) -> "list[MultiExitModel]":
-        """The models inside this one, each with an encoder of its own, the smallest first."""
-        raise NotImplementedError
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
-        """The logits of all exits, (K, B, C).
-
-        The arguments are (B, T), int64. `attention_mask` is 1 for tokens (the default) and 0 for padding. Raises
-        ValueError if padding is not last. `token_type_ids` is 0 in the first sentence (the default) and 1 in the
-        second.
-        """
-        return torch.stack([logits for logits, _ in self.exit_by_exit(input_ids, attention_mask, token_type_ids)])
-
-    def exit_by_exit(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> ExitOutputs:
-        """Yield the output of each exit, logits (B, C) and certainty (B,) or None, before any later layer runs.
-
-        Call `send(stay)` with a mask (B,) instead of `next` to continue with some of the rows; B is then their number.
-        """
-        raise NotImplementedError
+    For the arguments and errors see `MultiExitModel` and `load_encoder`.
+    """
+    return build_models("mm", partial(load_encoder, folder), exit_layers, num_labels, exit_strategy)
 
 
-class MultiExitModel(ExitModel):
-    """An encoder with an exit head after each layer of `exit_layers`, trained as EE or as SWEET.
+def exit_costs(models: Sequence[MultiExitModel]) -> list[float]:
+    """What each exit costs: the share of the encoder's layers that have run when it answers, (K,) (Eq. 1).
 
-    Args:
-        encoder: BERT, DeBERTa or MPNet. Layers after the last exit are never run. Its config says what exits read.
-        exit_layers: increasing, counted from 1 as in the paper.
-        num_labels: C.
-        method: "sweet" or "ee", which give equal logits from equal weights but different gradients.
-        exit_strategy: "confidence", or "lte" for learning-to-exit.
+    MM's models each start from the embeddings, so that the layers of the models before count too. Heads do not count.
+    """
+    costs, before = [], 0
+    for model in models:
+        costs += [(before + n) / model.encoder.depth for n in model.exit_layers]
+        before += model.exit_layers[-1]
+    return costs
 
-    Raises ValueError for any other layers, method, strategy or pooling.
+
+class LearningToExitHead(ExitHead):
+    """A head that also learns to predict whether its classifier is right: the exit strategy "lte" (Sec. 5).
+
+    After Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8: a linear layer beside the classifier.
     """
 
-    def __init__(
-        self,
-        encoder: TransformerEncoder,
-        exit_layers: Sequence[int],
-        num_labels: int,
-        method: str = "sweet",
-        exit_strategy: str = "confidence",
-    ) -> None:
-        super().__init__(exit_layers, num_labels, len(encoder.layers))
-        pooling = encoder.config.pooling
-        for value, known in ((method, ("sweet", "ee")), (exit_strategy, EXIT_STRATEGIES), (pooling, ("cls", "mean"))):
-            if value not in known:
-                raise ValueError(f"{value!r} is none of {', '.join(known)}")
-        self.encoder, self.method = encoder, method
-        self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
-        self.train()  # as any new module, whatever the encoder's mode was
+    def __init__(self, encoder: TransformerEncoder, num_labels: int) -> None:
+        super().__init__(encoder, num_labels)
+        self.lte = nn.Linear(encoder.config.hidden_size, 1)  # with torch's initial weights
+        self.to(encoder.word_embeddings.weight)
 
-    @property
-    def models_alone(self) -> "list[MultiExitModel]":
-        """This model."""
-        return [self]
-
-    def exit_by_exit(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> ExitOutputs:
-        """As `ExitModel.exit_by_exit`. In SWEET, backward() may be called on each loss before the next exit runs."""
-        input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
-        heads = dict(zip(self.exit_layers, self.heads, strict=True))
-        hidden = self.encoder.embed(input_ids, token_type_ids)  # (B, T, D)
-        context = self.encoder.context(mask)  # the bias for padding, and what MPNet and DeBERTa learn of distances
-        for n, layer in enumerate(islice(self.encoder.layers, self.exit_layers[-1]), start=1):
-            hidden = layer(hidden, context)  # in EE the gradients of all later exits flow back through here
-            if n in self.exit_layers:
-                # Pauses until the caller asks for the next exit. live.py sends which rows go on; None means all.
-                stay = yield heads[n](pool(hidden, mask, self.encoder.config.pooling))
-                if stay is not None:
-                    mask, hidden = rows_that_stay(stay, mask, hidden)
-                    context = self.encoder.context(mask)
-                if self.method == "sweet":
-                    hidden, context = stop_gradient(hidden), tuple(map(stop_gradient, context))
+    def forward(self, x: Tensor) -> Answer:
+        """Map what `pool` gives, (B, D), to an answer with its certainty."""
+        pooled = self.pooled(x)
+        certainty = self.lte(pooled)[:, 0].float().sigmoid()  # (B,)
+        return Answer(self.classifier(self.dropout(pooled)), certainty)
 
 
-class MultiModel(ExitModel):
-    """K independent models, smallest first: each of its `models` has one exit, at its end."""
+def check_exits(exit_layers: Sequence[int], depth: int, method: str, exit_strategy: str, pooling: str) -> None:
+    """Raise ValueError for layers that an encoder of this depth cannot have exits at, and for unknown names."""
+    layers = list(exit_layers)
+    if not layers or layers != [n for n in range(1, depth + 1) if n in layers]:
+        raise ValueError(f"exit_layers is {layers}, and must be increasing layers in 1 to {depth}")
+    for value, known in ((method, METHODS), (exit_strategy, HEADS), (pooling, ("cls", "mean"))):
+        if value not in known:
+            raise ValueError(f"{value!r} is none of {', '.join(known)}")
 
-    method = "mm"
 
-    def __init__(self, models: Sequence[MultiExitModel]) -> None:
-        exit_layers = [model.exit_layers[-1] for model in models]
-        super().__init__(exit_layers, models[-1].num_labels, max(exit_layers))
-        self.models = nn.ModuleList(models)
+HEADS = {"confidence": ExitHead, "lte": LearningToExitHead}  # by the exit strategy that they are trained for
 
-    @property
-    def models_alone(self) -> list[MultiExitModel]:
-        """The models, the smallest first."""
-        return cast(list[MultiExitModel], list(self.models))
-
-    def exit_by_exit(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> ExitOutputs:
-        """As `ExitModel.exit_by_exit`: each model answers before the next one runs."""
-        input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
-        for model in self.models_alone:
-            stay = yield next(model.exit_by_exit(input_ids, mask, token_type_ids))
-            mask, input_ids, token_type_ids = rows_that_stay(stay, mask, input_ids, token_type_ids)
+# Where this departs from the authors' code: there all exits share a pooler, and the gradients of all exits reach
+# DeBERTa's table of relative positions. Here each exit has its own pooler and, in SWEET, the first exit alone updates
+# the table, so that each parameter is updated by exactly one classifier, as the paper says. As in their code, the
+# gradients of all exits are clipped together: a large one scales down the others but keeps their direction.

@@ -102,7 +102,7 @@ def _from_hub(repository: str, folder: Path) -> None:
     weights = WEIGHTS if WEIGHTS in {file.rfilename for file in info.siblings or ()} else PICKLED
     fetch = partial(snapshot_download, repository, revision=info.sha, local_dir=folder)
     fetch(allow_patterns=["config.json", POOLING])
-    config = read_config(folder)
+    config = read_config(folder, pooling="cls")  # whatever it is: train.py asks for it if it is unknown
     fetch(allow_patterns=list(TOKENIZER_FILES))
     load_tokenizer(folder, config.vocab_size, config.max_tokens)
     fetch(allow_patterns=[weights])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.config import Config
-from minisweet.fast import Dropout
+from minisweet.dropout import Dropout
 
 # Added to the attention scores of padding. Beside any real score its weight after softmax is 0, and the score fits
 # into float16. With -inf, a row of padding alone would give NaN.
@@ -93,6 +93,7 @@ class TransformerEncoder(nn.Module):
     """
 
     layers: nn.ModuleList  # L `TransformerLayer`s
+    reads_token_types = False  # whether `embed` tells the sentences of a pair apart
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -106,7 +107,7 @@ class TransformerEncoder(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """All hidden states, L+1 tensors (B, T, D), embeddings first. For the arguments see `ExitModel.forward`."""
+        """All hidden states, L+1 tensors (B, T, D), embeddings first. Arguments: see `MultiExitModel.forward`."""
         input_ids, attention_mask, token_type_ids = whole_inputs(input_ids, attention_mask, token_type_ids)
         context = self.context(attention_mask)
         states = [self.embed(input_ids, token_type_ids)]

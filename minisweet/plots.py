@@ -9,9 +9,8 @@ from pathlib import Path
 from numpy.typing import ArrayLike
 
 from minisweet.base.files import InputError, one_line, written_beside
-from minisweet.methods import METHODS
+from minisweet.exits import METHODS
 from minisweet.metrics import METRICS
-from minisweet.sweep import Evaluation
 
 # One colour per method in all pictures: Okabe and Ito's, which the colour-blind can tell apart.
 COLOURS = {"sweet": "#D55E00", "ee": "#0072B2", "mm": "#009E73"}
@@ -38,7 +37,7 @@ def save_figure(figure, path: Path) -> None:
 
 def draw_line(axis, method: str, ratios: ArrayLike, scores: ArrayLike, label: str, marker: str = ".") -> str:
     """Draw a curve in the colour of its method. Returns the colour."""
-    colour = COLOURS[method]
+    colour = COLOURS.get(method, "#666666")
     before = sum(line.get_color() == colour and line.get_label()[0] != "_" for line in axis.lines)
     style = LINES[before % len(LINES)]
     axis.plot(ratios, scores, style, color=colour, marker=marker, label=label)
@@ -52,22 +51,22 @@ def label_axes(axis, title: str, score: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def draw_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
+def draw_curves(path: Path, evaluations: dict[str, dict]) -> None:
     """Draw the curves of some evaluations, by the names to show. A PNG at `path` is replaced.
 
     Raises InputError for one of another task, metric or number of rows than the first.
     """
     first, of_first = next(iter(evaluations.items()))
-    rows = of_first.task, of_first.metric, of_first.examples
+    rows = [of_first[key] for key in ("task", "metric", "examples")]
     figure = new_figure(7.2, 5.6)
     axis = figure.subplots()
     for name, evaluation in evaluations.items():
-        if (evaluation.task, evaluation.metric, evaluation.examples) != rows:
+        if [evaluation[key] for key in ("task", "metric", "examples")] != rows:
             raise InputError(f"{name[:120]}: it was evaluated on other rows, or by another metric, than {first[:120]}")
         short = name if len(name) <= 60 else f"{name[:28]}...{name[-29:]}"
-        label = f"{METHODS[evaluation.method]}, {one_line(short)}".replace("$", r"\$")
-        draw_line(axis, evaluation.method, evaluation.speedup_ratios, evaluation.scores, label)
-    title = f"{one_line(of_first.task, 30)}, {of_first.examples:,} rows"
-    label_axes(axis, title, f"{METRICS[of_first.metric]}, in percent")
+        label = f"{METHODS[evaluation['method']]}, {one_line(short)}".replace("$", r"\$")
+        draw_line(axis, evaluation["method"], evaluation["speedup_ratios"], evaluation["scores"], label)
+    task, metric, examples = rows
+    label_axes(axis, f"{one_line(task, 30)}, {examples:,} rows", f"{METRICS[metric]}, in percent")
     axis.margins(y=0.12)
     save_figure(figure, path)

@@ -1,83 +1,98 @@
-"""A run: what training produced, in a folder. RUNS.md says what each file and key holds.
+"""A run: what train.py produced, in a folder. RUNS.md says what each file and key holds.
 
-Dimension letters: K exits, C classes.
+Dimension letters: C classes, K exits.
 """
 
 import hashlib
-import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from safetensors import safe_open
+import torch
 from safetensors.torch import save
 from tokenizers import Tokenizer
+from torch import nn
 
+from minisweet import fast
+from minisweet.base.devices import device_name
 from minisweet.base.files import InputError, read_dataclass, read_json, write_json, written_beside
-from minisweet.checkpoint import OURS, WEIGHTS, Made, load_strict, new_encoder, read_config
-from minisweet.exits import ExitModel
-from minisweet.methods import build_model
-from minisweet.options import TrainingOptions
-from minisweet.texts import Examples, load_tokenizer
+from minisweet.checkpoint import OURS, WEIGHTS, load_strict, new_encoder, open_weights
+from minisweet.config import Config
+from minisweet.exits import MultiExitModel, build_models
+from minisweet.tasks import load_examples
+from minisweet.texts import Examples
 
-RECORD, CONFIG, TOKENIZER, VALIDATION = "run.json", "config.json", "tokenizer.json", "validation.jsonl"
+RECORD, CONFIG, TOKENIZER = "run.json", "config.json", "tokenizer.json"
 LOGITS, EVALUATION, CURVE = "logits.safetensors", "evaluation.json", "curve.png"  # what evaluate.py adds
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
-    """The record of a run, as in run.json."""
+class Run:
+    """What run.json holds: the options of a training, with defaults filled in, and what the training found."""
 
-    id: str = ""  # the SHA-256 of the weights
-    arguments: TrainingOptions  # with defaults filled in; the epochs of `fit` depend on the stage
-    task: str
-    labels: list[str]  # (C,)
-    metric: Literal["accuracy", "matthews"]
-    text_columns: list[str]  # of the task's files; empty for the toy task
-    header: list[str] = field(default_factory=list)  # all columns of these files, if they have no header line
+    model: str
+    method: str
     exit_layers: list[int]  # (K,)
-    depth: int  # the number of layers of the original encoder
-    vocab_size: int
-    losses: dict = field(default_factory=dict)  # by stage: the losses of each step
-    seconds: float = 0.0  # of training
+    exit_strategy: str
+    task: str
+    data_dir: str
+    train_size: int
+    max_length: int
+    lr: float
+    epochs: int
+    batch_size: int
+    seed: int
+    amp: str
+    labels: list[str]  # (C,)
+    metric: str  # a key of METRICS
+    text_columns: list[str]  # of the task's files; empty for the toy task
+    header: list[str]  # all columns of these files, if they have no header line
     subset: list[int]  # the rows that were trained on
+    train_rows: str  # `Examples.digest` of all training rows, like the next one
+    dev_rows: str
     weights: str  # the SHA-256 of the file that the training started from
-    trained_keys: list[int]  # the keys of the texts that were trained on
+    losses: list[list[list[float]]]  # of each model, by step and exit
+    seconds: float  # of training
     device: str
     precision: str
-    versions: dict
-    fit: dict | None = None  # what `minisweet fit` adds; None for a run of train.py
+    versions: dict[str, str]
+    id: str = ""  # the SHA-256 of the weights, also in their metadata
+
+    def examples(self, split: str, data_dir: Path | None = None) -> Examples:
+        """The "train" or "dev" rows of the run's task. Raises InputError if they are not those of the training."""
+        folder = data_dir or Path(self.data_dir)
+        rows = load_examples(self.task, split, folder)
+        if rows.digest() != (self.train_rows if split == "train" else self.dev_rows):
+            raise InputError(f"{folder}: its {split} rows of {self.task} are not those of the training", "data_dir")
+        return rows
 
 
-def run_name(options: TrainingOptions, task: str) -> str:
+def run_name(args: Namespace) -> str:
     """The default name of a run's folder."""
-    name = f"{Path(os.path.realpath(options.model)).name}-{options.method}-{task}-seed{options.seed}"
-    return name + "-lte" * (options.exit_strategy == "lte")
+    name = f"{Path(os.path.realpath(args.model)).name}-{args.method}-{args.task}-seed{args.seed}"
+    return name + "-lte" * (args.exit_strategy == "lte")
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python, the operating system and the libraries."""
-    libraries = {name: version(name) for name in ("torch", "tokenizers", "safetensors", "numpy")}
-    return {"python": platform.python_version(), "system": platform.platform(), **libraries}
-
-
-def weights_id(model: ExitModel) -> str:
-    """The id of a run: the SHA-256 of its model's weights."""
-    return hashlib.sha256(save(model.state_dict())).hexdigest()
+def environment(device: torch.device, precision: torch.dtype | None) -> dict[str, Any]:
+    """What something was computed on: the device, the precision, and the versions of all that took part."""
+    versions = {name: version(name) for name in ("torch", "tokenizers", "safetensors", "numpy")}
+    versions |= {"python": platform.python_version(), "system": platform.platform()}
+    return {"device": device_name(device), "precision": str(precision or torch.float32), "versions": versions}
 
 
 def check_output(out: Path, overwrite: bool) -> None:
     """Raise InputError if `out` cannot be written, or holds anything but a run to `overwrite`."""
-    if is_run(out):
+    if (out / RECORD).is_file():
         if not overwrite:
             raise InputError(f"{out} holds a run already; name another folder, or pass --overwrite", "out")
-        if "arguments" not in read_json(out / RECORD):
+        if "id" not in read_json(out / RECORD):
             raise InputError(f"{out / RECORD} is not that of a run; name another folder", "out")
     elif os.path.lexists(out) and not (out.is_dir() and not os.listdir(out)):
         raise InputError(f"{out} exists and is not a run; name another folder", "out")
@@ -92,97 +107,43 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 def save_run(
-    out: Path,
-    record: Record,
-    model: ExitModel,
-    tokenizer: Tokenizer,
-    validation: Examples,
-    more: Mapping[str, bytes] | None = None,
-    overwrite: bool = True,
+    out: Path, run: Run, models: Sequence[MultiExitModel], config: Config, tokenizer: Tokenizer, overwrite: bool
 ) -> None:
-    """Write a run to a folder, whole or not at all. With `overwrite` an existing run is replaced.
-
-    The record holds the id of the weights. `more` are further files, by name.
-    """
+    """Write a run to a folder, whole or not at all. With `overwrite` an existing run is replaced."""
+    tensors = nn.ModuleList(models).state_dict()
+    run_id = hashlib.sha256(save(tensors)).hexdigest()
     with written_beside(out, overwrite) as folder:
         folder.mkdir()
-        write_json(folder / RECORD, asdict(record))
-        (folder / WEIGHTS).write_bytes(save(model.state_dict(), {"id": record.id}))
-        config = model.models_alone[-1].encoder.config
-        content = asdict(config) | {"num_hidden_layers": record.depth}
-        write_json(folder / CONFIG, content | {"model_type": OURS, "encoder_type": config.model_type})
+        (folder / WEIGHTS).write_bytes(save(tensors, {"id": run_id}))
+        write_json(folder / RECORD, asdict(run) | {"id": run_id})
+        write_json(folder / CONFIG, asdict(config) | {"model_type": OURS, "encoder_type": config.model_type})
         (folder / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
-        with (folder / VALIDATION).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of(validation, record.labels))
-        for name, content_of_file in (more or {}).items():
-            (folder / name).write_bytes(content_of_file)
-
-
-def rows_of(examples: Examples, labels: list[str]) -> list[dict]:
-    """The rows of validation.jsonl. The label of a row without one is null."""
-    first = "text" if examples.second is None else "sentence1"
-    columns: dict[str, Any] = {first: examples.first, "sentence2": examples.second, "group": examples.groups}
-    names = [*labels, None]  # index -1 is None: no label
-    columns["label"] = [names[label] for label in examples.labels or ()]
-    columns = {name: values for name, values in columns.items() if values}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def is_run(folder: Path) -> bool:
-    """Whether `folder` holds a run."""
-    return os.path.isfile(folder / RECORD)
+    """Whether a folder holds a run of train.py, of this version."""
+    return (folder / RECORD).is_file() and "dev_rows" in read_json(folder / RECORD)
 
 
-def read_record(folder: Path) -> Record:
-    """Read the record of a run. Raises InputError if there is none, or it is not of this version."""
+def read_run(folder: Path) -> Run:
+    """Read a run's record. Raises InputError if there is none, or it is of `minisweet fit` or an earlier version."""
+    if not (folder / RECORD).is_file():
+        raise InputError(f"{folder}: no run here (it has no {RECORD}); train one with train.py")
     if not is_run(folder):
-        raise InputError(f"{folder}: no run here (it has no {RECORD}); train one with train.py or minisweet fit")
-    content = read_json(folder / RECORD)
-    if "fit" not in content:
-        raise InputError(f"{folder}: a run of an earlier version of minisweet; train it again")
-    return read_dataclass(Record, folder / RECORD, content)
+        raise InputError(f"{folder}: a run of minisweet fit (see minisweet test --help) or of an earlier version")
+    return read_dataclass(Run, folder / RECORD)
 
 
-def load_model(folder: Path, record: Record) -> ExitModel:
-    """Load the model of a run in float32, in evaluation mode and on the CPU.
+def load_models(folder: Path, run: Run, config: Config) -> list[MultiExitModel]:
+    """Load the models of a run in float32, in evaluation mode and on the CPU.
 
     Raises InputError if the weights are missing, broken or of another run.
     """
-    config, options = read_config(folder), record.arguments
-
-    def make() -> ExitModel:
-        layers, labels = record.exit_layers, record.labels
-        return build_model(options.method, partial(new_encoder, config), layers, len(labels), options.exit_strategy)
-
-    return load_weights(folder, record, make)
-
-
-def load_weights(folder: Path, record: Record, make: Callable[[], Made]) -> Made:
-    """Make a model and load the weights of a run into it, if they are those of its record; see `load_model`."""
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            id_of_file = (file.metadata() or {}).get("id")
-    except Exception as error:  # of safetensors, according to what is wrong with the file
-        raise InputError(f"{folder / WEIGHTS}: not readable ({error})") from None
-    if id_of_file != record.id:
-        raise InputError(f"{folder / WEIGHTS}: belongs to another run than {RECORD} beside it ({id_of_file})")
-    return load_strict(folder, make).eval()
-
-
-def load_run_tokenizer(folder: Path, record: Record) -> Tokenizer:
-    """Load the tokenizer of a run, which cuts texts as the training did."""
-    return load_tokenizer(folder, record.vocab_size, record.arguments.max_length)
-
-
-def read_validation(folder: Path, record: Record) -> Examples:
-    """Read the validation rows of a run. Raises InputError if they cannot be read."""
-    numbers = {name: number for number, name in enumerate(record.labels)} | {None: -1}
-    try:
-        with (folder / VALIDATION).open(encoding="utf-8", newline="\n") as file:
-            rows = [json.loads(line) for line in file]
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        first = columns["text" if "text" in columns else "sentence1"]
-        labels = [numbers[label] for label in columns["label"]]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{folder / VALIDATION}: not readable ({error!r:.200})") from None
-    return Examples(first, columns.get("sentence2"), labels, groups=columns.get("group"))
+    slices, metadata = open_weights(folder)
+    if metadata.get("id") != run.id:
+        raise InputError(f"{folder / WEIGHTS}: belongs to another run than {RECORD} beside it")
+    with fast.no_initial_weights():
+        first_layers = partial(new_encoder, config)
+        models = build_models(run.method, first_layers, run.exit_layers, len(run.labels), run.exit_strategy)
+    load_strict(nn.ModuleList(models), slices, folder)
+    return [model.eval() for model in models]

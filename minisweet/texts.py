@@ -2,22 +2,25 @@
 
 import copy
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer, processors
 from torch import Tensor
 
-from minisweet.base.files import InputError, preview, read_dataclass, regular_file
+from minisweet.base.files import InputError, preview, read_json, regular_file
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 # Start, end, padding and unknown word. MPNet's vocabulary holds BERT's too, and its pairs are <s> A </s></s> B </s>.
 BERTS, MPNETS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]"), ("<s>", "</s>", "<pad>", "[UNK]")
+# What tokenizer_config.json says of how a text is split into the words of vocab.txt, and what `tokenizers` calls it.
+WORD_PIECE = {"do_lower_case": "lowercase", "strip_accents": "strip_accents"}
+WORD_PIECE |= {"tokenize_chinese_chars": "handle_chinese_chars"}
 CHARACTERS = 32  # read per token, several times what is needed; the rest of a text is ignored
 CHUNK = 256  # texts per call of the tokenizer; few, because the library keeps what it truncates in memory
 POOL = 50  # batches per pool: to pad little, examples are sorted by length within a pool; then batches are shuffled
@@ -44,6 +47,10 @@ class Examples(NamedTuple):
         lists = {name: values for name, values in self._asdict().items() if name != "empty" and values is not None}
         return self._replace(**{name: [values[row] for row in rows] for name, values in lists.items()}, empty=0)
 
+    def digest(self) -> str:
+        """A SHA-256 of the texts and the class indices, in their order."""
+        return hashlib.sha256(json.dumps([self.first, self.second, self.labels]).encode()).hexdigest()
+
 
 def read_lines(path: Path) -> Iterator[list[str]]:
     """Yield the cells of each line of a tab-separated file. Raises InputError if it cannot be read."""
@@ -65,8 +72,7 @@ def read_cells(
     """
     lines, start = read_lines(path), 2
     first = list(islice(lines, 1))
-    has_own = first and ({*first[0]} == {*header} or len(first[0]) != len(header)) and {*columns} <= {*first[0]}
-    if header and not has_own:
+    if header and not (first and {*columns} <= {*first[0]}):  # a first line that holds the columns' names is a header
         lines, first, start = chain(first, lines), [list(header)], 1
     header = first[0] if first else []
     if lacking := [column for column in columns if column not in header]:
@@ -78,17 +84,6 @@ def read_cells(
         if len(cells) > len(header) or (is_short and not may_be_short):
             raise InputError(f"{path}, line {number}: {len(cells)} cells, should be {len(header)}: {preview(header)}")
         yield number, [] if is_short else [cells[place] for place in places]
-
-
-@dataclass(frozen=True, kw_only=True)
-class WordPiece:
-    """The keys of tokenizer_config.json that say how a text is split into the words of vocab.txt."""
-
-    do_lower_case: bool = True
-    strip_accents: bool | None = None  # None: only if letters are lower-cased
-    tokenize_chinese_chars: bool = True  # each is a word
-    word_tokenizer_type: Literal["basic", None] = None  # anything else, as for Japanese, is not implemented
-    subword_tokenizer_type: Literal["wordpiece", None] = None
 
 
 def load_tokenizer(folder: Path, vocab_size: int, max_length: int, max_tokens: int = 2**31) -> Tokenizer:
@@ -106,9 +101,11 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, max_tokens: i
         elif pieces.exists():
             tokenizer = ByteLevelBPETokenizer.from_file(str(regular_file(pieces)), str(regular_file(merges)))
         else:
-            own = read_dataclass(WordPiece, settings) if settings.exists() else WordPiece()
-            options = {"strip_accents": own.strip_accents, "handle_chinese_chars": own.tokenize_chinese_chars}
-            options["lowercase"] = own.do_lower_case
+            own = read_json(settings) if settings.exists() else {}
+            kinds = own.get("word_tokenizer_type", "basic"), own.get("subword_tokenizer_type", "wordpiece")
+            if kinds != ("basic", "wordpiece"):
+                raise ValueError(f"{kinds}, as for Japanese, is not implemented")
+            options = {ours: own[public] for public, ours in WORD_PIECE.items() if public in own}
             tokenizer = BertWordPieceTokenizer.from_file(str(regular_file(words)), **options)
         tokenizer.encode("\U00013000")  # an unknown word: raises if its token is missing
     except Exception as error:  # the library raises nothing more specific
@@ -142,13 +139,13 @@ def special_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 class Batch(NamedTuple):
-    """Some examples, padded to the longest of them. All tensors are int64, except probabilities."""
+    """Some examples, padded to the longest of them. All tensors are int64."""
 
     rows: Tensor  # (B,) which examples
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T): 1 for tokens, 0 for padding
     token_type_ids: Tensor  # (B, T): 1 in the second sentence
-    targets: Tensor  # (B,) labels, -1 without one, or (B, C) probabilities in float32
+    labels: Tensor  # (B,), -1 without one
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,13 +168,11 @@ class Texts:
         keys: (N,), 64-bit hashes of the ids. Two texts have equal keys if they only differ in what the tokenizer drops,
             such as upper case, or the end of a long text. Their order is as good as random.
         labels: (N,), the classes, -1 for a row without a label.
-        targets: what is learned: labels (N,) or probabilities (N, C).
     """
 
     def __init__(self, tokenizer: Tokenizer, examples: Examples) -> None:
         self.examples, self.pad_id = examples, special_ids(tokenizer)[2]
         self.labels = np.array(examples.labels or [-1] * len(examples.first), dtype=np.int64)
-        self.targets = self.labels
         self.ids, first_lengths, is_cut, digests = [], [], [], []
         assert tokenizer.truncation is not None  # `load_tokenizer` has set it
         most = CHARACTERS * tokenizer.truncation["max_length"]
@@ -204,7 +199,7 @@ class Texts:
         taken = copy.copy(self)
         rows = np.asarray(rows, dtype=int)
         taken.examples, taken.ids = self.examples.take(rows), [self.ids[row] for row in rows]
-        for name in ("lengths", "first_lengths", "is_cut", "keys", "labels", "targets"):
+        for name in ("lengths", "first_lengths", "is_cut", "keys", "labels"):
             setattr(taken, name, getattr(self, name)[rows])
         return taken
 
@@ -215,7 +210,7 @@ class Texts:
         input_ids = np.full(mask.shape, self.pad_id)
         input_ids[mask] = np.concatenate([self.ids[row] for row in rows])
         token_types = mask & (positions >= self.first_lengths[rows, None])
-        arrays = rows, input_ids, mask.astype(np.int64), token_types.astype(np.int64), self.targets[rows]
+        arrays = rows, input_ids, mask.astype(np.int64), token_types.astype(np.int64), self.labels[rows]
         return Batch(*map(torch.from_numpy, arrays))
 
     def shuffled(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:

@@ -21,9 +21,8 @@ from minisweet import NgramExit, toy
 from minisweet.base.commands import run_command
 from minisweet.base.files import InputError
 from minisweet.checkpoint import ARCHITECTURES, load_encoder, public_name
-from minisweet.exits import ExitModel, exit_loss
+from minisweet.exits import Answer, MultiExitModel, build_models, exit_loss
 from minisweet.layers import TransformerEncoder
-from minisweet.methods import build_model
 from minisweet.tasks import TASKS, load_examples
 from minisweet.texts import Texts, load_tokenizer
 
@@ -185,13 +184,24 @@ def without_1(input_ids: torch.Tensor) -> torch.Tensor:
     return input_ids.where(input_ids != 1, 2)
 
 
-def model_of(
+def models_of(
     folder: Path, method: str, layers=(1, 2, 4), num_labels=2, strategy="confidence", seed=0, pooling=None
-) -> ExitModel:
-    """A method's model of a folder's checkpoint, with exits after these layers."""
+) -> list[MultiExitModel]:
+    """A method's models of a folder's checkpoint, with exits after these layers."""
     torch.manual_seed(seed)
     first_layers = functools.partial(load_encoder, folder, pooling=pooling)
-    return build_model(method, first_layers, layers, num_labels, strategy)
+    return build_models(method, first_layers, layers, num_labels, strategy)
+
+
+def model_of(*args, **options) -> MultiExitModel:
+    """The one model of EE or SWEET; see `models_of`."""
+    (model,) = models_of(*args, **options)
+    return model
+
+
+def answers_of(models: list[MultiExitModel], batch: tuple) -> list[Answer]:
+    """The answers of all exits."""
+    return [answer for model in models for answer in model(*batch)]
 
 
 def random_bag(num_labels: int) -> NgramExit:
@@ -203,12 +213,12 @@ def random_bag(num_labels: int) -> NgramExit:
     return bag
 
 
-def exit_losses(model: ExitModel, batch: tuple, labels: torch.Tensor) -> list[torch.Tensor]:
+def exit_losses(model: MultiExitModel, batch: tuple, labels: torch.Tensor) -> list[torch.Tensor]:
     """Each exit's loss, of one forward pass."""
-    return [exit_loss(logits, certainty, labels) for logits, certainty in model.exit_by_exit(*batch)]
+    return [exit_loss(answer, labels) for answer in model(*batch)]
 
 
-def owners(model: ExitModel, batch: tuple, labels: torch.Tensor) -> dict[str, set[int]]:
+def owners(model: MultiExitModel, batch: tuple, labels: torch.Tensor) -> dict[str, set[int]]:
     """The ownership matrix: which exits' losses, from 0, give each parameter a gradient other than zero."""
     matrix = {name: set() for name, _ in model.named_parameters()}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -222,7 +232,7 @@ def owners(model: ExitModel, batch: tuple, labels: torch.Tensor) -> dict[str, se
 
 
 def right_owners(name: str, exit_layers: tuple[int, ...], method: str) -> set[int]:
-    """Which exits' losses are to update a parameter: the table at the head of exits.py."""
+    """Which exits' losses are to update a parameter."""
     kind, k, *rest = name.split(".")
     if kind == "heads":
         return {int(k)}
@@ -231,19 +241,19 @@ def right_owners(name: str, exit_layers: tuple[int, ...], method: str) -> set[in
     return later if method == "ee" else set(sorted(later)[:1])  # with SWEET, the next exit alone
 
 
-def undecided_model(*args, **options) -> ExitModel:
-    """As `model_of`, in evaluation mode, and sure of some instances."""
-    model = model_of(*args, **options)
-    for name, parameter in model.named_parameters():
+def undecided_models(*args, **options) -> list[MultiExitModel]:
+    """As `models_of`, in evaluation mode, and sure of some texts."""
+    models = models_of(*args, **options)
+    for name, parameter in torch.nn.ModuleList(models).named_parameters():
         if "classifier" in name or "lte" in name:
             torch.nn.init.normal_(parameter)
-    return model.eval()
+    return [model.eval() for model in models]
 
 
-def count_blocks(model: ExitModel) -> Counter:
+def count_blocks(models: list[MultiExitModel]) -> Counter:
     """Counts from now on how often feed-forward blocks run for (B, T) tokens."""
     seen = Counter()
-    for name, module in model.named_modules():
+    for name, module in torch.nn.ModuleList(models).named_modules():
         if name.endswith(".output"):
             module.register_forward_pre_hook(lambda _, x: seen.update([tuple(x[0].shape[:2])]))
     return seen

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
-from minisweet.adaptive import ExitRule, leaves
 from minisweet.classifier import bag_of_words
 from minisweet.classifier.bag_of_words import NgramExit, fit_ngrams
+from minisweet.classifier.training import leaves
 from tests.conftest import random_bag
 
 V, CLS, SEP, PAD, UNKNOWN = 60, 1, 2, 0, 3
@@ -54,14 +54,14 @@ def test_logits_are_those_made_by_hand(seed, count):
 
 
 def test_a_text_without_a_known_word_leaves_only_where_all_do():
-    exit, rule = random_bag(3), ExitRule(3, torch.tensor([0.1]))
+    exit, temperature = random_bag(3), 0.1
     batches = [encode([], []), encode([UNKNOWN]), encode(*[[UNKNOWN] * 510] * 2)]
     batches.append((torch.full((2, 7), PAD), torch.zeros(2, 7, dtype=torch.long)))
     for batch in batches:
         logits = exit(*batch)
         assert (logits == 0).all()
         for threshold, all_leave in ((1 / 3, True), (1 / 3 + 1e-6, False)):
-            assert (leaves(rule.apply(0, logits, None)[1], threshold, rule.lowest) == all_leave).all()
+            assert (leaves((logits / temperature).softmax(-1).amax(-1), threshold, 1 / 3) == all_leave).all()
 
 
 def test_fitting_goes_to_the_optimum(monkeypatch):

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisweet.calibration import fit_temperature
 from minisweet.classifier.cascade import PRIOR_OF_WEIGHT, CascadeRule, Logits, fit_answer, fit_cascade
+from minisweet.confidence import fit_temperature
 
 
 def drawn_labels(logits: torch.Tensor, seed: int) -> torch.Tensor:

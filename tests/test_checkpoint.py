@@ -119,7 +119,9 @@ def test_a_finished_classifiers_logits_are_those_of_transformers(tmp_path, model
     read = {"input_ids": without_1(ids), "attention_mask": mask}
     read |= {} if model_type == "mpnet" else {"token_type_ids": types}
     assert trunk.labels == ["no", "yes"]
-    torch.testing.assert_close(trunk.model(without_1(ids), mask, types)[0], theirs(**read).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        trunk.model(without_1(ids), mask, types)[0].logits, theirs(**read).logits, atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_files_of_another_run_and_missing_ones_are_refused(own_run, run_of, tmp_
         shutil.copy(run_of("bag") / f"{name}.safetensors", run)
         assert f"{name}.safetensors: belongs to " in refused(load, run)
         (run / f"{name}.safetensors").unlink()
-        assert f"{name}.safetensors: not readable (No such file" in refused(load, run)
+        assert "(No such file" in refused(load, run)
 
 
 def test_the_summary_tells_who_judges(own_run):

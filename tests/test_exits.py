@@ -13,26 +13,35 @@ from safetensors.torch import load_file
 from minisweet import MultiExitModel, load_encoder
 from minisweet.base.files import read_json, write_json
 from minisweet.checkpoint import public_name, read_config
-from minisweet.exits import EXIT_STRATEGIES, exit_loss
+from minisweet.exits import HEADS, METHODS, Answer, LearningToExitHead, exit_loss
 from minisweet.hub import home
-from minisweet.live import early_exit
-from minisweet.methods import METHODS
+from minisweet.inference import early_exit
 from tests import conftest
-from tests.conftest import CONFIGS, exit_losses, model_of, note_difference, random_batch, tiny_encoder, write_model
+from tests.conftest import (
+    CONFIGS,
+    answers_of,
+    exit_losses,
+    model_of,
+    models_of,
+    note_difference,
+    random_batch,
+    tiny_encoder,
+    write_model,
+)
 
 
-@pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
+@pytest.mark.parametrize("strategy", HEADS)
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_exit_reads_what_the_pooling_says_of_the_layer_below_it(model_dir, method, pooling, strategy):
-    model, batch = model_of(model_dir, method, (1, 3, 4), 3, strategy, pooling=pooling).eval(), random_batch()
+    models, batch = models_of(model_dir, method, (1, 3, 4), 3, strategy, pooling=pooling), random_batch()
     hidden, mask = load_encoder(model_dir)(*batch), batch[1]
-    heads = [head for alone in model.models_alone for head in alone.heads]
-    assert (model.method, model.exit_layers) == (method, (1, 3, 4))
-    for n, head, output in zip((1, 3, 4), heads, model.exit_by_exit(*batch), strict=True):
+    heads = [head for model in models for head in model.eval().heads]
+    assert [model.exit_layers for model in models] == ([[1], [3], [4]] if method == "mm" else [[1, 3, 4]])
+    for n, head, output in zip((1, 3, 4), heads, answers_of(models, batch), strict=True):
         means = torch.stack([states[: tokens.sum()].mean(0) for states, tokens in zip(hidden[n], mask, strict=True)])
         torch.testing.assert_close(output, head(hidden[n][:, 0] if pooling == "cls" else means), atol=1e-5, rtol=1e-5)
-        assert (head.lte is not None) is (strategy == "lte")
+        assert (type(head) is LearningToExitHead) is (strategy == "lte")
 
 
 def test_the_pooling_is_the_checkpoints_or_the_presets_or_that_which_is_asked_for(tmp_path):
@@ -42,12 +51,23 @@ def test_the_pooling_is_the_checkpoints_or_the_presets_or_that_which_is_asked_fo
     shutil.copytree(folder, tmp_path / "minilm-l6")  # as fetched before pooling was known
     assert read_config(tmp_path / "minilm-l6").pooling == "mean"
     (folder / "1_Pooling").mkdir()
-    for content, expected in (({"pooling_mode_mean_tokens": True}, "mean"), ({"pooling_mode_cls_token": True}, "cls")):
+    old = {"word_embedding_dimension": 16, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False}
+    for content, expected in (
+        (old | {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False}, "mean"),
+        (old | {"pooling_mode_cls_token": True}, "cls"),
+        ({"embedding_dimension": 16, "pooling_mode": "mean", "include_prompt": True}, "mean"),
+        ({"pooling_mode": "cls", "pooling_mode_mean_tokens": True}, "cls"),
+        ({"pooling_mode": ["mean"]}, "mean"),
+    ):
         write_json(folder / "1_Pooling" / "config.json", content)
         assert read_config(folder).pooling == expected
-    write_json(folder / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": "yes"})
-    message = "1_Pooling/config.json: pooling_mode_mean_tokens is 'yes', should be bool"
-    assert message in conftest.refused(read_config, folder)
+    several = {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}
+    for content in ({}, old, several, {"pooling_mode": "max"}, {"pooling_mode": ["cls", "mean"]}, {"pooling_mode": 1}):
+        write_json(folder / "1_Pooling" / "config.json", content)
+        error = conftest.refused(read_config, folder)
+        assert error.startswith(f"pooling: {folder / '1_Pooling' / 'config.json'}: the model was trained to give ")
+        assert read_config(folder, "mean").pooling == load_encoder(folder, pooling="mean").config.pooling == "mean"
+    shutil.rmtree(folder / "1_Pooling")
     write_json(folder / "config.json", read_json(folder / "config.json") | {"pooling": "max"})
     assert "pooling is 'max', should be one of" in conftest.refused(read_config, folder)
 
@@ -57,18 +77,18 @@ def test_the_pooling_is_the_checkpoints_or_the_presets_or_that_which_is_asked_fo
 def test_a_mask_and_types_may_be_left_out_and_padding_on_the_left_is_refused(
     tmp_path_factory, model_type, method, seed
 ):
-    model = model_of(write_model(tmp_path_factory.mktemp("left"), model_type), method).eval()
+    models = [model.eval() for model in models_of(write_model(tmp_path_factory.mktemp("left"), model_type), method)]
     input_ids, mask, types = random_batch(seed, batch=8)
-    ones, zeros = torch.ones_like(mask), torch.zeros_like(types)
-    assert torch.equal(model(input_ids), model(input_ids, ones, zeros))
-    assert torch.equal(model(input_ids, mask), model(input_ids, attention_mask=mask, token_type_ids=zeros))
-    encoder = model.models[-1].encoder if method == "mm" else model.encoder
-    assert torch.equal(encoder(input_ids)[-1], encoder(input_ids, ones, zeros)[-1])
-    live, filled = (early_exit(model, input_ids, *more, 0.8) for more in ((None, None), (ones, zeros)))
-    assert torch.equal(live.logits, filled.logits)
-    assert len(early_exit(model, input_ids[:0], mask[:0], types[:0], 0.8).exits) == 0
+    ones, zeros, model, decide = torch.ones_like(mask), torch.zeros_like(types), models[-1], partial(early_exit, models)
+    assert torch.equal(model(input_ids)[-1].logits, model(input_ids, ones, zeros)[-1].logits)
+    named = {"attention_mask": mask, "token_type_ids": zeros}
+    assert torch.equal(model(input_ids, mask)[-1].logits, model(input_ids, **named)[-1].logits)
+    assert torch.equal(model.encoder(input_ids)[-1], model.encoder(input_ids, ones, zeros)[-1])
+    live, filled = (decide(input_ids, *more, 0.8, [[1.0]] * 3) for more in ((None, None), (ones, zeros)))
+    assert torch.equal(live.confidence, filled.confidence)
+    assert len(decide(input_ids[:0], mask[:0], types[:0], 0.8, [[1.0]] * 3).exits) == 0
     assume(not mask.all())
-    for answer in (model, partial(early_exit, model, threshold=0.8)):
+    for answer in (model, partial(decide, threshold=0.8, fitted=[[1.0]] * 3)):
         with pytest.raises(ValueError, match="padding stands before a token"):
             answer(input_ids, mask.flip(1), types)
 
@@ -76,7 +96,7 @@ def test_a_mask_and_types_may_be_left_out_and_padding_on_the_left_is_refused(
 @pytest.mark.parametrize(
     ("exit_layers", "more", "reason"),
     [(layers, [], "exit_layers is") for layers in [(), (0, 2), (2, 2), (3, 1), (1, 5)]]
-    + [((1,), ["mm"], "none of sweet, ee"), ((1,), ["ee", "sure"], "'sure' is none of")],
+    + [((1,), ["both"], "none of sweet, ee, mm"), ((1,), ["ee", "sure"], "'sure' is none of")],
 )
 def test_impossible_exits_and_unknown_methods_are_refused(exit_layers, more, reason):
     with pytest.raises(ValueError, match=reason):
@@ -85,13 +105,12 @@ def test_impossible_exits_and_unknown_methods_are_refused(exit_layers, more, rea
         MultiExitModel(tiny_encoder("bert", pooling="max"), (1,), 2)
 
 
-def test_targets_may_be_probabilities():
-    logits, certainty = torch.tensor([[2.0, 0.0], [0.5, 1.0]]), torch.tensor([0.9, 0.4])
-    targets = torch.tensor([[0.7, 0.3], [2 * 0.8, 2 * 0.2]])  # the second row counts twice in the cross-entropy alone
-    expected = -(targets * logits.log_softmax(-1)).sum(-1).mean()
-    torch.testing.assert_close(exit_loss(logits, None, targets), expected)
-    expected = expected + (0.1**2 + 0.4**2) / 2  # the first is right by the larger probability, the second is not
-    torch.testing.assert_close(exit_loss(logits, certainty, targets), expected)
+def test_the_loss_is_cross_entropy_and_the_squared_error_of_the_certainty():
+    logits, certainty, labels = torch.tensor([[2.0, 0.0], [0.5, 1.0]]), torch.tensor([0.9, 0.4]), torch.tensor([0, 0])
+    expected = -logits.log_softmax(-1)[:, 0].mean()
+    torch.testing.assert_close(exit_loss(Answer(logits), labels), expected)
+    expected = expected + (0.1**2 + 0.4**2) / 2  # the first is right, the second is not
+    torch.testing.assert_close(exit_loss(Answer(logits, certainty), labels), expected)
 
 
 # What the authors' classes gave once, on the public MiniLM and eight pairs of RTE's dev set, without dropout, in
@@ -111,8 +130,9 @@ def test_logits_losses_and_gradient_norms_are_those_of_the_authors_code(method):
             head.classifier.bias.copy_(official["classifier_bias"][k])
     batch = official["input_ids"], official["attention_mask"], official["token_type_ids"]
     close = {"rtol": 1e-4, "atol": 1e-6}
-    torch.testing.assert_close(model(*batch), official[f"logits_{method}"], **close)
-    note_difference("logits of EE and SWEET, beside the authors' code", model(*batch), official[f"logits_{method}"])
+    logits = torch.stack([answer.logits for answer in model(*batch)])
+    torch.testing.assert_close(logits, official[f"logits_{method}"], **close)
+    note_difference("logits of EE and SWEET, beside the authors' code", logits, official[f"logits_{method}"])
     losses = exit_losses(model, batch, official["labels"])
     torch.testing.assert_close(sum(losses)[None], official[f"loss_{method}"], **close)
 

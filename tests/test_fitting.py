@@ -17,10 +17,10 @@ from minisweet.classifier.main import choose, fit
 from minisweet.classifier.main import test as check
 from minisweet.classifier.operating_point import CHOOSING
 from minisweet.classifier.probe import embed
+from minisweet.classifier.run import read_record
 from minisweet.classifier.state import State
 from minisweet.classifier.trunk import load_trunk
 from minisweet.defaults import default_epochs
-from minisweet.run import read_record
 from tests import conftest
 from tests.conftest import OWN, opinions, random_batch, write_classifier, write_model, write_rows
 
@@ -82,7 +82,7 @@ def test_the_bag_learns_labels_or_what_the_trunk_answers(fitted, monkeypatch, fi
         return
     model = state_of("one").trained.model
     with torch.no_grad():
-        answers = torch.cat([model(ids, mask)[0].softmax(-1) for ids, mask in inputs])
+        answers = torch.cat([model(ids, mask)[0].logits.softmax(-1) for ids, mask in inputs])
     torch.testing.assert_close(of_bag, answers, atol=1e-5, rtol=1e-5)
 
 
@@ -101,7 +101,7 @@ def test_epochs_follow_from_what_is_learned(command, monkeypatch):
     monkeypatch.setattr(training, "MOST_AGAIN", 400)
     steps, titles, options = [], [], "--model tiny --max-length 32 --batch-size 4 --out run".split()
 
-    def record(model, texts, epochs: int, size: int, *_, title: str) -> list:
+    def record(model, texts, targets, epochs: int, size: int, *_, title: str) -> list:
         steps.append(epochs * -(-len(texts) // size))
         titles.append(title)
         return []
@@ -151,7 +151,7 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
         return embed(encoder, texts)
 
     def tuned(model, texts, *settings, **title) -> list:
-        learned.append((model.heads[0].linear.weight.detach().clone(), texts))
+        learned.append((model.heads[0].linear.weight.detach().clone(), texts, settings[0]))
         return tune(model, texts, *settings, **title)
 
     monkeypatch.setattr(training, "embed", spied)
@@ -181,11 +181,11 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
     for before, texts in embedded:
         assert torch.equal(before, public.layers[-1].output.weight)
         assert ((texts.labels >= 0).all(), len(texts)) == (True, 240)
-    (start, _), (_, again), (same, _) = learned
+    (start, *_), (_, again, wanted), (same, *_) = learned
     assert torch.equal(start, same)
     assert start.abs().max() > 0.1  # as the regression has it
-    np.testing.assert_array_equal(again.targets[:240], np.eye(2)[again.labels[:240]])
-    assert (again.targets[240:].sum(1) == pytest.approx(1), (again.labels[240:] < 0).all()) == (True, True)
+    np.testing.assert_array_equal(wanted[:240], np.eye(2)[again.labels[:240]])
+    assert (wanted[240:].sum(1) == pytest.approx(1), (again.labels[240:] < 0).all()) == (True, True)
 
 
 def test_a_finished_classifier_gets_an_exit_without_any_label(own_run, command):

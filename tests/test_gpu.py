@@ -3,12 +3,21 @@
 import pytest
 import torch
 
-from minisweet import training
-from minisweet.adaptive import ExitRule, exits_taken
-from minisweet.live import early_exit
-from minisweet.methods import METHODS
+import train
+from minisweet.confidence import confidence, exits_taken
+from minisweet.exits import METHODS
+from minisweet.fast import used_rows
+from minisweet.inference import early_exit
 from tests import conftest
-from tests.conftest import NO_DROPOUT, random_batch, tiny_encoder, toy_examples, undecided_model, write_model
+from tests.conftest import (
+    NO_DROPOUT,
+    answers_of,
+    random_batch,
+    tiny_encoder,
+    toy_examples,
+    undecided_models,
+    write_model,
+)
 
 DEVICE = "cuda"
 PRECISIONS = [torch.bfloat16, torch.float16, None]
@@ -19,35 +28,39 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("method", ["ee", "sweet", "mm"])
 def test_training_falls_in_loss_and_its_gradients_are_finite(tmp_path, monkeypatch, method, precision):
     """With dropout and, in float16, with the scaler, which may leave out a step or two until it has found its scale."""
-    folder, norms, clip = conftest.write_model_of_words(tmp_path / "tiny"), [], training.clip_grad_norm_
+    folder, norms, clip = conftest.write_model_of_words(tmp_path / "tiny"), [], train.clip_grad_norm_
     conftest.reconfigure(folder, "bert")  # with dropout again
-    monkeypatch.setattr(training, "clip_grad_norm_", lambda group, limit: norms.append(clip(group, limit)))
-    examples, model = toy_examples(folder, range(200)), conftest.model_of(folder, method).to(DEVICE)
-    for part in model.models_alone:
+    monkeypatch.setattr(train, "clip_grad_norm_", lambda group, limit: norms.append(clip(group, limit)))
+    examples, settings = toy_examples(folder, range(200)), {"epochs": 8, "batch_size": 16, "lr": 3e-3}
+    for model in conftest.models_of(folder, method):
         norms.clear()
-        losses = training.fine_tune(part, examples, 8, 16, 3e-3, device=DEVICE, precision=precision)
+        with used_rows(model.encoder.word_embeddings, examples) as few:
+            losses = train.fine_tune(model, few, **settings, device=DEVICE, precision=precision)
         losses = torch.tensor(losses)  # (steps, K)
         assert (losses[-20:].mean(0) < losses[:10].mean(0) - 0.02).all()
         assert sum(not norm.isfinite() for norm in norms) <= (4 if precision is torch.float16 else 0)
         assert norms[-1].isfinite()
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_live_early_exit_decides_as_the_sweep(tmp_path, model_type, method, precision):
     """But for confidences within rounding of the threshold."""
-    model = undecided_model(write_model(tmp_path, model_type), method).to(DEVICE)
+    models = [model.to(DEVICE) for model in undecided_models(write_model(tmp_path, model_type), method)]
     batch, rounding = [x.to(DEVICE) for x in random_batch(3, batch=64)], 3e-2 if precision else 1e-4
     with torch.no_grad(), torch.autocast(DEVICE, precision, enabled=precision is not None):
-        logits = model(*batch).float()
-        confidence, asked = ExitRule(2).confidences(logits), 0
+        answers, asked, none = answers_of(models, batch), 0, [[1.0]] * 3
+        sure = torch.stack([confidence("confidence", answer, [1.0]) for answer in answers])
+        predictions = torch.stack([answer.logits.argmax(-1) for answer in answers])
         for threshold in (0.5, 0.6, 0.75, 0.9, 1.0):
-            live, swept = early_exit(model, *batch, threshold), exits_taken(confidence, threshold, 0.5)
-            clear = ((confidence - threshold).abs() > rounding).all(0) | (threshold in (0.5, 1.0))
+            live, swept = early_exit(models, *batch, threshold, none), exits_taken(sure, threshold)
+            clear = ((sure - threshold).abs() > rounding).all(0) | (threshold in (0.5, 1.0))
             assert torch.equal(live.exits[clear], swept[clear])
-            own = logits[swept, torch.arange(64)]
-            torch.testing.assert_close(live.logits[clear], own[clear], atol=10 * rounding, rtol=10 * rounding)
+            taken = swept, torch.arange(64, device=DEVICE)
+            torch.testing.assert_close(live.confidence[clear], sure[taken][clear], atol=10 * rounding, rtol=0)
+            settled = clear & (sure[taken] > 0.5 + rounding)
+            assert torch.equal(live.labels[settled], predictions[taken][settled])
             asked += int(clear.sum())
     assert asked > 200  # of 320
 

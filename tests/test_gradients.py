@@ -11,6 +11,7 @@ import train
 from minisweet import MultiExitModel
 from minisweet.paper import gradients
 from minisweet.paper.gradients import exit_similarities
+from minisweet.tasks import load_examples
 from minisweet.texts import Batch
 from tests.benchmark import read_rows
 from tests.conftest import quick, random_batch, tiny_encoder, write_model
@@ -22,7 +23,7 @@ def test_similarities_are_those_of_separate_backward_passes(model_type):
     similarity = exit_similarities(model, Batch(torch.arange(4), *inputs, labels))
     assert similarity.shape == (2, 3, 3)
     weights, found = [model.encoder.layers[n - 1].output.weight for n in (1, 3)], []
-    for logits, _ in model.exit_by_exit(*inputs):
+    for logits, _ in model(*inputs):
         loss = F.cross_entropy(logits, labels)
         found.append(torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True))
     for m, i, j in np.ndindex(similarity.shape):
@@ -49,6 +50,6 @@ def test_the_command_writes_the_mean_of_the_runs(command, tmp_path, monkeypatch)
             expected = [values[0, 0, 1], values[0, 0, 2], values[0, 1, 2], values[1, 1, 2]]
             np.testing.assert_allclose([float(row[name]) for row in rows], expected, atol=1e-4)
     assert "99 of 16 rows, and toy has 352 other rows" in command(gradients, *runs, "--batches", 99)[2]
-    monkeypatch.setattr(gradients, "load_examples", lambda a, _, b, load=gradients.load_examples: load(a, "dev", b))
+    monkeypatch.setattr("minisweet.run.load_examples", lambda task, _, folder: load_examples(task, "dev", folder))
     status, _, err = command(gradients, *runs, "--batches", 2)
-    assert (status, "has other rows of toy than run0 was trained on" in err) == (2, True)
+    assert (status, "its train rows of toy are not those of the training" in err) == (2, True)

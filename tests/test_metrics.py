@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisweet.calibration import fit_rule, fit_temperature
+from minisweet.base.files import InputError
+from minisweet.confidence import CRITERIA, confidence, fit_temperature
+from minisweet.exits import Answer
 from minisweet.metrics import area_under_curve, score
-from minisweet.outputs import Outputs
 
 POINTS = st.lists(st.tuples(st.integers(0, 48), st.floats(0, 100)), min_size=1, max_size=9, unique_by=lambda p: p[0])
 
@@ -30,17 +31,17 @@ def test_area_is_the_mean_score_over_the_ratios(points, start):
 
 
 def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
-    certainty = torch.tensor([[0.2, 0.3, 0.6], [0.5, 0.5, 0.5]])
-    logits = torch.randn(2, 3, 2)
-    rule = fit_rule(Outputs(logits, certainty, *[None] * 4))
-    torch.testing.assert_close(rule.ranges, torch.tensor([[0.2, 0.6], [0.5, 0.5]]))
-    confidence = rule.confidences(logits, certainty)
-    torch.testing.assert_close(confidence[0], torch.tensor([0.0, 0.25, 1.0]))
-    calibrated, of_new_text = rule.apply(0, logits[0], torch.tensor([0.1, 0.4, 0.9]))
-    assert torch.equal(calibrated, logits[0])
-    assert torch.equal(rule.apply(1, logits[1], certainty[1])[0], logits[1])
-    torch.testing.assert_close(of_new_text, torch.tensor([0.0, 0.5, 1.0]))
-    assert confidence.isfinite().all()  # also of an exit that is equally certain of all
+    logits, labels, fit = torch.randn(3, 2), torch.zeros(3, dtype=torch.int64), CRITERIA["lte"].fit
+    answer, equal = (Answer(logits, torch.tensor(own)) for own in ([0.2, 0.3, 0.6], [0.5, 0.5, 0.5]))
+    assert fit(answer, labels) == pytest.approx([0.2, 0.6])
+    fitted, just_below_1 = fit(answer, labels), 1 - 2**-24  # at threshold 1 no text leaves early
+    torch.testing.assert_close(confidence("lte", answer, fitted), torch.tensor([0.0, 0.25, just_below_1]))
+    of_new_text = confidence("lte", Answer(logits, torch.tensor([0.1, 0.4, 0.9])), fitted)
+    assert of_new_text.tolist() == pytest.approx([0.0, 0.5, just_below_1])
+    assert of_new_text.max() < 1
+    assert confidence("lte", equal, fit(equal, labels)).isfinite().all()  # an exit that is equally certain of all
+    with pytest.raises(InputError, match="criterion: lte needs a run of train.py --exit-strategy lte"):
+        fit(Answer(logits), labels)
 
 
 def nll_and_prior(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> float:
@@ -58,9 +59,7 @@ def test_no_temperature_near_the_fitted_one_is_better(N, C, scale, seed):
         best = nll_and_prior(logits, labels, fitted[kind])
         assert all(best <= nll_and_prior(logits, labels, fitted[kind] * times) for times in (0.97, 1.03))
     assert 1e-3 < fitted["right"] < 1 + 1e-9 < fitted["wrong"] < 1e3  # the prior holds both
-    both = Outputs(torch.stack([-logits, logits]), None, drawn, torch.arange(N), "accuracy", None)  # two exits
-    of_each = [fit_temperature(each, drawn) for each in both.logits]
-    assert fit_rule(both).temperatures.tolist() == pytest.approx(of_each)
+    assert CRITERIA["confidence"].fit(Answer(logits), drawn) == [fitted["drawn"]]
 
 
 def test_a_temperature_of_nothing_is_one():

@@ -16,14 +16,13 @@ import pytest
 import torch
 
 from minisweet import EarlyExitClassifier, load_encoder
-from minisweet.adaptive import leaves
 from minisweet.classifier.cascade import CascadeRule
 from minisweet.classifier.folder import save_choice
 from minisweet.classifier.main import choose, export
 from minisweet.classifier.probe import with_linear_head
 from minisweet.classifier.state import State
-from minisweet.sweep import spaced_thresholds
-from tests.conftest import CHECKOUT, random_bag, random_batch, undecided_model, write_model
+from minisweet.classifier.training import leaves
+from tests.conftest import CHECKOUT, random_bag, random_batch, undecided_models, write_model
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"{package}, which the file needs, is missing")
@@ -58,7 +57,7 @@ def exported(tmp_path_factory):
     def made(model_type: str, head: str, weight: float, int8: bool = False):
         sizes = {"max_position_embeddings": 514}  # 512 tokens, of MPNet too
         folder = write_model(tmp_path_factory.mktemp("model"), model_type, **sizes)
-        model, bag = undecided_model(folder, "sweet", (4,), 3), random_bag(3)
+        (model,), bag = undecided_models(folder, "sweet", (4,), 3), random_bag(3)
         if head == "linear":
             model = with_linear_head(load_encoder(folder, pooling="mean"), 3).eval()
             torch.nn.init.normal_(model.heads[0].linear.weight, std=4.0)
@@ -86,7 +85,7 @@ def test_answers_are_the_models(exported, case):
     for batch in batches():
         first, logits = bag(*batch[:2]), model(*batch).detach()[0]
         each = torch.stack([rule.at_exit_0(first), rule.at_full_depth(first, logits)]).softmax(-1)  # (2, B, C)
-        for threshold in (*spaced_thresholds(11, 1 / 3), 0.0, 0.7, 1.5):
+        for threshold in (*np.linspace(1 / 3, 1, 11), 0.0, 0.7, 1.5):
             taken = (~leaves(each[0].amax(-1), threshold, 1 / 3)).long()
             expected = each[taken, torch.arange(len(taken))]
             probabilities, confidence, layer = ask(session, batch, None if threshold == 0.7 else threshold)

@@ -6,23 +6,21 @@ A learner's own file runs first with MINE=my_exits.py python -m pytest tests/tes
 import copy
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train
 from minisweet import MultiExitModel, build_multi_model, load_encoder
-from minisweet.adaptive import ExitRule, Exits, exits_of, exits_taken
 from minisweet.checkpoint import new_encoder
-from minisweet.exits import EXIT_STRATEGIES, pool
-from minisweet.live import early_exit
-from minisweet.methods import METHODS, build_model
-from minisweet.outputs import Outputs
-from minisweet.sweep import spaced_thresholds
-from minisweet.training import fine_tune
+from minisweet.confidence import CRITERIA, confidence, exits_taken
+from minisweet.exits import HEADS, METHODS, Answer, build_models, exit_costs, pool
+from minisweet.inference import early_exit
 from tests import conftest
-from tests.conftest import CONFIGS, random_batch, rewrite, tiny_encoder, undecided_model, write_model
+from tests.conftest import CONFIGS, answers_of, random_batch, rewrite, tiny_encoder, undecided_models, write_model
 
 LABELS = torch.tensor([0, 1, 1, 0])
 MODEL_TYPES = st.sampled_from([*CONFIGS])
@@ -34,11 +32,11 @@ def test_multi_model_is_models_of_the_first_layers_which_read_no_others(model_di
     whole, batch = load_encoder(model_dir).eval(), random_batch()
     rewrite(model_dir, lambda there: {name: t * (torch.nan if "layer.3" in name else 1) for name, t in there.items()})
     models = build_multi_model(model_dir, (1, 3), 2)  # layer 4 is broken, and nobody reads it
-    assert [len(model.encoder.layers) for model in models.models] == [1, 3]
-    assert [model.encoder.depth for model in models.models] == [4, 4]
-    for model, n in zip(models.eval().models, (1, 3), strict=True):
-        torch.testing.assert_close(model.encoder(*batch)[-1], whole(*batch)[n], atol=0, rtol=0)
-    small, large = ({parameter.data_ptr() for parameter in model.parameters()} for model in models.models)
+    assert [(len(model.encoder.layers), model.exit_layers) for model in models] == [(1, [1]), (3, [3])]
+    assert [model.encoder.depth for model in models] == [4, 4]
+    for model, n in zip(models, (1, 3), strict=True):
+        torch.testing.assert_close(model.eval().encoder(*batch)[-1], whole(*batch)[n], atol=0, rtol=0)
+    small, large = ({parameter.data_ptr() for parameter in model.parameters()} for model in models)
     assert not small & large
 
 
@@ -59,7 +57,7 @@ def test_sweet_and_ee_answer_alike_and_learn_differently(model_dir):
     models, logits = [conftest.model_of(model_dir, method).train() for method in ("ee", "sweet")], []
     for model in models:
         torch.manual_seed(0)  # of dropout
-        logits.append(model(*random_batch()))
+        logits.append(torch.stack([answer.logits for answer in model(*random_batch())]))
         logits[-1].square().sum().backward()
     assert torch.equal(*logits)
     assert not torch.allclose(*(model.encoder.layers[0].output.weight.grad for model in models))
@@ -70,7 +68,7 @@ def test_sweet_and_ee_answer_alike_and_learn_differently(model_dir):
 @given(
     model_type=MODEL_TYPES,
     exit_layers=st.sets(st.integers(1, 4), min_size=1).map(lambda layers: tuple(sorted(layers))),
-    strategy=st.sampled_from(EXIT_STRATEGIES),
+    strategy=st.sampled_from([*HEADS]),
     pooling=POOLINGS,
 )
 def test_each_parameter_is_updated_by_the_exits_that_the_method_says(
@@ -84,13 +82,14 @@ def test_each_parameter_is_updated_by_the_exits_that_the_method_says(
 
 def test_temperatures_change_who_exits_and_no_answer():
     """App. A: the scaling is monotonic. As in the authors' code, each exit has its own temperature."""
-    logits, temperatures = torch.randn(3, 50, 4), torch.tensor([0.5, 1.0, 3.0])
-    outputs = Outputs(logits, None, None, None, "accuracy", Exits([1, 2, 4], 4))
-    divided = logits / temperatures[:, None, None]
-    for rule, calibrated in ((ExitRule(4), logits), (ExitRule(4, temperatures), divided)):
+    logits = torch.randn(3, 50, 4)
+    for temperatures in ([1.0, 1.0, 1.0], [0.5, 1.0, 3.0]):
+        calibrated = logits / torch.tensor(temperatures)[:, None, None]
         expected = calibrated.softmax(-1).amax(-1)
-        torch.testing.assert_close(rule.confidences(logits), expected)
-        assert outputs.decide([0.6], rule)[0].tolist() == exits_taken(expected, 0.6, 1 / 4).tolist()
+        exits = zip(logits, temperatures, strict=True)
+        found = torch.stack([confidence("confidence", Answer(of_exit), [T]) for of_exit, T in exits])
+        torch.testing.assert_close(found, expected)
+        assert exits_taken(found, 0.6).tolist() == exits_taken(expected, 0.6).tolist()
         assert torch.equal(calibrated.argmax(-1), logits.argmax(-1))
 
 
@@ -100,9 +99,8 @@ def test_exit_costs_are_those_of_equation_1(early, last, method):
     """Eq. 1: the share of the layers that have run when an exit answers. MM adds up the models before."""
     layers = [*sorted(n for n in early if n < last), last]
     config = tiny_encoder("bert", num_hidden_layers=9).config
-    exits = exits_of(build_model(method, lambda n: new_encoder(config, n), layers, 2))
-    run = 0
-    for n, cost in zip(layers, exits.costs(), strict=True):
+    run, costs = 0, exit_costs(build_models(method, lambda n: new_encoder(config, n), layers, 2))
+    for n, cost in zip(layers, costs, strict=True):
         run = run + n if method == "mm" else n
         assert cost == pytest.approx(run / 9)
 
@@ -113,67 +111,58 @@ def test_thresholds_go_from_1_over_c_where_all_exit_to_1_where_none_does(num_lab
     logits = torch.randn(3, 6, num_labels, generator=torch.Generator().manual_seed(seed))
     logits[:, 0] = 7.3  # all equal: a confidence that may round below 1/C
     logits[:, 1] *= 1e4  # certain: a confidence that rounds to 1
-    confidence = ExitRule(num_labels).confidences(logits)
-    lowest, *between, highest = spaced_thresholds(11, 1 / num_labels)
+    sure = torch.stack([confidence("confidence", Answer(of_exit), [1.0]) for of_exit in logits])  # (K, N)
+    lowest, *between, highest = np.linspace(CRITERIA["confidence"].lowest(num_labels), 1, 11).tolist()
     for threshold in (0.0, 1 / num_labels, lowest):
-        assert exits_taken(confidence, threshold, lowest).tolist() == [0] * 6
+        assert exits_taken(sure, threshold).tolist() == [0] * 6
     for threshold in (highest, 0.99999998, 1.5):
-        assert exits_taken(confidence, threshold, lowest).tolist() == [2] * 6
-    for threshold in (*between, confidence[0, 3].item()):  # also one that is reached exactly
-        expected = [(*(sure[:2] >= torch.tensor(threshold)).tolist(), True).index(True) for sure in confidence.T]
-        assert exits_taken(confidence, threshold, lowest).tolist() == expected
+        assert exits_taken(sure, threshold).tolist() == [2] * 6
+    for threshold in (*between, sure[0, 3].item()):  # also one that is reached exactly
+        expected = [(*(of_text[:2] >= torch.tensor(threshold)).tolist(), True).index(True) for of_text in sure.T]
+        assert exits_taken(sure, threshold).tolist() == expected
 
 
 @settings(max_examples=16)
 @given(
     model_type=MODEL_TYPES,
     method=st.sampled_from([*METHODS]),
-    strategy=st.sampled_from(EXIT_STRATEGIES),
+    strategy=st.sampled_from([*HEADS]),
     num_labels=st.integers(2, 3),
-    batch_size=st.sampled_from([3, 16]),
     seed=st.integers(0, 10**6),
     pooling=POOLINGS,
 )
-def test_live_decides_as_the_sweep(
-    tmp_path_factory, model_type, method, strategy, num_labels, batch_size, seed, pooling
-):
+def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, strategy, num_labels, seed, pooling):
     """Sec. 3.3: the sweep over the exits' logits is exact."""
     folder, batch = write_model(tmp_path_factory.mktemp("live"), model_type), random_batch(seed, batch=16)
-    model = undecided_model(folder, method, (1, 2, 4), num_labels, strategy, seed, pooling)
+    models = undecided_models(folder, method, (1, 2, 4), num_labels, strategy, seed, pooling)
+    labels = torch.randint(num_labels, (16,))
     with torch.no_grad():
-        logits, certainty = map(list, zip(*model.exit_by_exit(*batch), strict=True))
-    logits, certainty = torch.stack(logits), torch.stack(certainty) if strategy == "lte" else None
-    rule = ExitRule(num_labels, torch.rand(len(logits)) + 0.5)
-    if strategy == "lte":
-        rule = ExitRule(num_labels, ranges=torch.stack(certainty.aminmax(dim=1), dim=1))
-    confidence = rule.confidences(logits, certainty)
-    calibrated = torch.stack([rule.apply(k, of_exit, None)[0] for k, of_exit in enumerate(logits)])
-    for threshold in spaced_thresholds(11, rule.lowest):
-        live = early_exit(model, *batch, threshold, rule, batch_size)
-        swept = exits_taken(confidence, threshold, rule.lowest)
+        answers = answers_of(models, batch)
+    fitted = [CRITERIA[strategy].fit(answer, labels) for answer in answers]
+    sure = torch.stack([confidence(strategy, answer, own) for answer, own in zip(answers, fitted, strict=True)])
+    predictions = torch.stack([answer.logits.argmax(-1) for answer in answers])  # (K, N)
+    for threshold in np.linspace(CRITERIA[strategy].lowest(num_labels), 1, 11):
+        live = early_exit(models, *batch, threshold, fitted, strategy)
+        swept = exits_taken(sure, threshold)
         assert live.exits.tolist() == swept.tolist()
-        assert live.labels.tolist() == live.logits.argmax(-1).tolist()
-        torch.testing.assert_close(live.logits, calibrated[swept, torch.arange(16)], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(live.confidence, confidence[swept, torch.arange(16)], atol=1e-4, rtol=1e-4)
+        assert live.labels.tolist() == predictions[swept, torch.arange(16)].tolist()
+        torch.testing.assert_close(live.confidence, sure[swept, torch.arange(16)], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("batch_size", [4, 16])
-def test_an_instance_that_exits_is_not_computed_further(tmp_path, model_type, method, batch_size):
-    """Sec. 2: an instance that leaves saves the layers after its exit. Nothing runs in vain, padding included."""
-    model, batch = undecided_model(write_model(tmp_path, model_type), method, seed=1), random_batch(3, batch=16)
-    seen = conftest.count_blocks(model)
-    exits, lengths, expected = early_exit(model, *batch, 0.75, batch_size=batch_size).exits, batch[1].sum(1), Counter()
-    steps = (1, 2, 4) if method == "mm" else (1, 1, 2)  # layers that run for each exit
-    for rows in lengths.argsort(descending=True, stable=True).split(batch_size):
-        for k, layers in enumerate(steps):
-            rows = rows[exits[rows] >= k]
-            if len(rows):
-                expected[len(rows), int(lengths[rows].max())] += layers
+def test_a_text_that_exits_is_not_computed_further(tmp_path, model_type, method):
+    """Sec. 2: a text that leaves saves the layers after its exit. Nothing runs in vain, padding included."""
+    models, batch = undecided_models(write_model(tmp_path, model_type), method, seed=1), random_batch(3, batch=16)
+    seen, expected, none = conftest.count_blocks(models), Counter(), [[1.0]] * 3
+    exits, lengths, rows = early_exit(models, *batch, 0.75, none).exits, batch[1].sum(1), torch.arange(16)
+    for k, layers in enumerate((1, 2, 4) if method == "mm" else (1, 1, 2)):  # layers that run for each exit
+        rows = rows[exits[rows] >= k]
+        if len(rows):
+            expected[len(rows), int(lengths[rows].max())] += layers
     assert len(exits.unique()) > 1
     assert seen == expected
     seen.clear()
-    early_exit(model, *batch, 0.5, batch_size=16)  # all leave at the first exit
+    early_exit(models, *batch, 0.5, none)  # all leave at the first exit
     assert [*seen.elements()] == [(16, int(lengths.max()))]
 
 
@@ -181,7 +170,7 @@ def test_learning_to_exit_is_a_sigmoid_of_what_the_head_pools_and_trains_its_lay
     """Sec. 5. That its target is 1 where the classifier is right, and 0 elsewhere, stands in test_exits.py."""
     model = MultiExitModel(load_encoder(model_dir, pooling="mean"), (1, 4), 2, "sweet", "lte").eval()
     head, batch = model.heads[1], random_batch()
-    *_, (_, certainty) = model.exit_by_exit(*batch)
+    *_, (_, certainty) = model(*batch)
     pooled = head.activation(head.pooler(pool(model.encoder(*batch)[4], batch[1], "mean")))
     torch.testing.assert_close(certainty, torch.sigmoid(pooled @ head.lte.weight[0] + head.lte.bias))
     certainty.sum().backward()
@@ -198,11 +187,11 @@ def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, 
     for head in ours.heads:
         torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
     plain, batches = copy.deepcopy(ours), [*examples.shuffled(8, 5, 0), *examples.shuffled(8, 5, 1)]
-    history = fine_tune(ours, examples, 2, 8, 1e-2, seed=5)
+    history = train.fine_tune(ours, examples, epochs=2, batch_size=8, lr=1e-2, seed=5)
     parameters, norms = list(plain.parameters()), []
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.999), weight_decay=0.0, foreach=False)
     for step, batch in enumerate(batches):
-        losses = [F.cross_entropy(logits, batch.targets) for logits in plain(*batch.inputs)]
+        losses = [F.cross_entropy(answer.logits, batch.labels) for answer in plain(*batch.inputs)]
         assert history[step] == pytest.approx([loss.item() for loss in losses], abs=1e-3)
         optimizer.zero_grad()
         sum(losses).backward()

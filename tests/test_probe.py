@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from minisweet import load_encoder
 from minisweet.classifier.probe import PRIOR_VARIANCE, LinearHead, embed, fit_probe, with_linear_head
-from minisweet.outputs import run_all
+from minisweet.classifier.training import run_all
 from minisweet.texts import Examples, Texts, load_tokenizer
 from tests.conftest import WORDS, write_model
 
@@ -23,9 +23,9 @@ def test_embeddings_are_means_of_the_last_layer_and_the_exit_reads_them(tmp_path
     model = with_linear_head(encoder, 3).eval()
     fit_probe(model.heads[0], found, torch.arange(7) % 3)
     linear = model.heads[0].linear
-    logits = run_all(lambda *inputs: model(*inputs)[0], rows, torch.device("cpu"))
+    logits = run_all(lambda *inputs: model(*inputs)[0].logits, rows, torch.device("cpu"))
     torch.testing.assert_close(logits, F.linear(found, linear.weight, linear.bias), atol=1e-5, rtol=0)
-    half = run_all(lambda *inputs: model(*inputs)[0], rows, torch.device("cpu"), torch.bfloat16)
+    half = run_all(lambda *inputs: model(*inputs)[0].logits, rows, torch.device("cpu"), torch.bfloat16)
     assert (half != half.bfloat16()).any()  # the head is in float32, even where layers are not
 
 

@@ -30,18 +30,19 @@ REFUSALS = [
     ("train", f"{TRAIN} --out {'x' * 250}", "x cannot be written (File name too long)"),
     ("train", f"{TRAIN} --exit-layers 2,1", "--exit-layers: 2,1, should increase and end at one of the layers 1 to 4"),
     ("train", f"{TRAIN} --task two --data-dir . --model one-type", "one-type: its type_vocab_size is 1, and pairs"),
-    ("evaluate", "bag", "bag: a run of minisweet fit; evaluate it by: minisweet test bag FILE"),
+    ("evaluate", "bag", "bag: a run of minisweet fit (see minisweet test --help) or of an earlier version"),
     ("evaluate", "run other --plot new.png", "other: it was evaluated on other rows, or by another metric"),
     ("evaluate", "bare --plot new.png", "bare: has no evaluation.json; first: python evaluate.py bare"),
-    ("evaluate", "run --plot a.png --thresholds 5", "--thresholds: needs a run to evaluate, and --plot only draws"),
+    ("evaluate", "run --plot a.png --thresholds 5", "--plot and --predict use an evaluation as it is"),
     ("evaluate", "bare run", "run: a second run, and only --plot takes several"),
-    ("evaluate", "ee --predict own.csv", "--threshold: is required by --predict (a number from 0 to 1)"),
+    ("evaluate", "ee --predict own.csv", "--predict FILE.tsv and --threshold go together"),
     ("evaluate", "ee --predict own.csv --threshold 1.5", "--threshold: '1.5', should be a number from 0 to 1"),
-    ("evaluate", "ee --threshold 0", "--threshold: needs --predict FILE.tsv"),
-    ("evaluate", "ee --predict own.csv --threshold 1 --thresholds 3", "--thresholds: needs a command without --predi"),
+    ("evaluate", "ee --threshold 0", "--predict FILE.tsv and --threshold go together"),
+    ("evaluate", "ee --predict own.csv --threshold 1 --thresholds 3", "--plot and --predict use an evaluation"),
     ("evaluate", "ee --predict own.csv --threshold 1", "own.csv: no column sentence; its header names text,label"),
     ("evaluate", "ee --predict tiny --threshold 1", "tiny: cannot be read ("),
-    ("evaluate", "old", "old: a run of an earlier version of minisweet; "),
+    ("evaluate", "old", "old: a run of minisweet fit (see minisweet test --help) or of an earlier version"),
+    ("evaluate", "ee --criterion lte", "--criterion: lte needs a run of train.py --exit-strategy lte"),
     # own text
     ("fit", FIT, "FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE"),
     ("fit", f"empty.csv {FIT}", "empty.csv: it has no rows"),
@@ -73,7 +74,7 @@ REFUSALS = [
     # paper
     ("reproduce", "--model tiny --max-length 32 --lrs 1e-3 --exit-layers 1,9", "--exit-layers: 1,9, should increase"),
     ("reproduce", "--model tiny --max-length 32 --device gpu", "--device: 'gpu' is not available; should be auto, cpu"),
-    ("gradients", "run", "run: a run of sweet on toy, exits after layers 1,2,4; should be of ee on a task, with two"),
+    ("gradients", "run", "run: a run of sweet on toy, exits after layers 1,2,4; should be of ee, with two"),
     ("gradients", "ee --batches 9999", "--batches: 9999 of 16 rows, and toy has 200 other rows"),
 ]
 
@@ -98,7 +99,7 @@ def place(tmp_path_factory, run_of) -> Path:
     ignored = shutil.ignore_patterns("operating.json", "evaluation.json")
     shutil.copytree(run_of("ee"), folder / "bare", ignore=ignored)
     shutil.copytree(run_of("bag"), folder / "no-point", ignore=ignored)
-    for called, name, change in (("old", "run.json", {"fit": ...}), ("other", "evaluation.json", {"examples": 3})):
+    for called, name, change in (("old", "run.json", {"dev_rows": ...}), ("other", "evaluation.json", {"examples": 3})):
         path = shutil.copytree(run_of("ee"), folder / called) / name
         content = read_json(path) | change
         write_json(path, {key: value for key, value in content.items() if value is not ...})

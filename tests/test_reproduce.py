@@ -1,8 +1,8 @@
 """The grid: what is run, in which order, what is skipped, and what it becomes: a CSV, tables and a figure."""
 
 import json
+import os
 import subprocess
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ import pytest
 from minisweet.paper import reproduce
 from minisweet.paper.report import Fraction, Run, counted, read_runs, run_of, tables
 from tests.benchmark.tables import verdict
-from tests.conftest import write_model
+from tests.conftest import CONFIGS, write_model
 
 TINY = ["--train-size", "32", "--epochs", "1", "--max-length", "32", "--tasks", "toy", "--exit-layers", "1,4"]
 OUT = Path("reproduced")
@@ -39,23 +39,25 @@ def grid(command, monkeypatch, tmp_path):
 
 def options_of(command: list[str]) -> dict:
     """The options of a command of train.py; those of evaluate.py are not its method, rate and seed."""
-    typed = dict(zip(command[2::2], command[3::2], strict=False))
-    read = {"--method": str, "--lr": float, "--seed": int, "--out": Path, "--epochs": int}
+    typed = dict(word.split("=", 1) for word in command[2:] if "=" in word)
+    read = {"--method": str, "--lr": float, "--seed": int, "--out": Path}
     return {name[2:]: kind(typed[name]) for name, kind in read.items() if name in typed}
 
 
 def fake_run(folder: Path, options: dict, area: float) -> None:
     """Write the files of a run of the toy task that reports read. Exits have `area` as their score."""
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = {name: options[name] for name in ("method", "lr", "seed")}
-    arguments |= {"model": "tiny", "pooling": "cls", "exit_strategy": "confidence", "train_size": 32}
-    arguments |= {"epochs": options.get("epochs"), "max_length": 32, "batch_size": 16, "exit_layers": [1, 4]}
-    record = {"arguments": arguments, "task": "toy", "metric": "accuracy", "precision": "torch.float32", "seconds": 9.5}
+    record = {name: options[name] for name in ("method", "lr", "seed")}
+    record |= {"model": "tiny", "exit_strategy": "confidence", "train_size": 32, "task": "toy", "amp": "off", "id": "1"}
+    record |= {"epochs": 1, "max_length": 32, "batch_size": 16, "exit_layers": [1, 4], "precision": "torch.float32"}
+    record |= dict.fromkeys(("labels", "text_columns", "header", "subset", "losses"), [])
+    record |= dict.fromkeys(("data_dir", "train_rows", "dev_rows", "weights", "device"), "")
+    record |= {"seconds": 9.5, "metric": "accuracy", "versions": {}}
     (folder / "run.json").write_text(json.dumps(record))
-    curve = {"speedup_ratios": [0.25, 0.5, 1.0], "scores": [area - 8, area - 4, area], "area": area}
+    (folder / "config.json").write_text(json.dumps(CONFIGS["bert"] | {"pooling": "cls"}))
+    curve = {"speedup_ratios": [0.25, 0.5, 1.0], "scores": [area - 8, area - 4, area], "area": area, "majority": 50.0}
     exits = {"exit_layers": [1, 4], "exit_scores": [area] * 2, "exit_answers": [1, 2], "thresholds": [0.5] * 11}
-    (folder / "evaluation.json").write_text(json.dumps(curve | exits))
-    (folder / "validation.jsonl").write_text('{"text": "a\u2028b", "label": "a"}\n{"label": "b"}\n', encoding="utf-8")
+    (folder / "evaluation.json").write_text(json.dumps(curve | exits | {"id": "1"}))
 
 
 @pytest.mark.slow
@@ -64,12 +66,13 @@ def test_scripts_are_started_as_they_are_typed_and_what_is_there_is_not_made_aga
     monkeypatch.setattr(reproduce, "FURTHER", 0)  # 32 rows teach nothing
     words = ["--methods", "ee,sweet", "--seeds", "0", "--lrs", "1e-3", "--exit-strategy", "lte", "--amp", "off"]
     status, out, err, started = grid(*words)
-    assert (status, "of 2 runs; 0 missing" in out) == (0, True), err
+    assert (status, "of 2 runs" in out) == (0, True), err
     assert started == ["train.py", "evaluate.py"] * 2
-    folder = OUT / "runs" / "tiny-cls-sweet-toy-lr0.001-n32-seed0-lte"
-    arguments = json.loads((folder / "run.json").read_text())["arguments"]
+    (folder,) = (OUT / "runs").glob("*sweet*")
+    assert folder.name.startswith("tiny-sweet-toy-lr0.001-seed0-")  # and then the other options
+    record = json.loads((folder / "run.json").read_text())
     wanted = {"exit_strategy": "lte", "exit_layers": [1, 4], "amp": "off", "lr": 1e-3, "seed": 0, "train_size": 32}
-    assert arguments | wanted == arguments
+    assert record | wanted == record
     runs = read_runs(OUT / "results.csv")
     assert [run[:7] for run in runs] == [("tiny", "toy", name, "lte", 32, 1e-3, 0) for name in ("ee", "sweet")]
     found = json.loads((folder / "evaluation.json").read_text())
@@ -78,7 +81,21 @@ def test_scripts_are_started_as_they_are_typed_and_what_is_there_is_not_made_aga
     assert {path.name for path in OUT.iterdir()} == {"runs", "results.csv", "results.md", "curves.png"}
     (folder / "evaluation.json").write_text(json.dumps(found | {"id": "of other weights"}))
     assert grid(*words)[3] == ["evaluate.py"]
-    assert grid(*words)[3] == []
+    assert (grid(*words)[0], grid(*words)[3]) == (0, [])
+    assert grid(*words, "--max-length", 16)[3] == ["train.py", "evaluate.py"] * 2  # other options are other runs
+
+
+@pytest.mark.slow
+def test_what_is_printed_runs_in_parallel(grid, monkeypatch):
+    """Two jobs at a time; the call after them only reports."""
+    monkeypatch.setattr(reproduce, "FURTHER", 0)
+    words = ["--methods", "ee,mm", "--seeds", "0", "--lrs", "1e-3,2e-3", "--amp", "off"]
+    commands = grid(*words, "--print")[1].splitlines()
+    assert len(commands) == 4
+    two = ["xargs", "-P", "2", "-d", "\n", "-n", "1", "bash", "-c"]
+    assert subprocess.run(two, input="\n".join(commands), text=True, env=os.environ).returncode == 0
+    status, out, err, started = grid(*words)
+    assert (status, started, "of 4 runs" in out) == (0, [], True), err
 
 
 def test_the_search_comes_first_and_runs_that_do_not_converge_are_repeated(grid, monkeypatch):
@@ -90,7 +107,6 @@ def test_the_search_comes_first_and_runs_that_do_not_converge_are_repeated(grid,
     def pretend(command: list[str]) -> SimpleNamespace:
         if "train.py" in command[1]:
             options = options_of(command)
-            assert not made or len(read_runs(OUT / "results.csv")) == len(made)  # it is written after each run
             made.append((options["method"], options["lr"], options["seed"]))
             fails = options["seed"] in {"ee": (1, 3), "mm": (2, 3, 4, 5)}.get(options["method"], ())
             fake_run(options["out"], options, 50 if fails else areas[options["method"]][options["lr"]])
@@ -101,13 +117,14 @@ def test_the_search_comes_first_and_runs_that_do_not_converge_are_repeated(grid,
     assert [line.count("train.py") + line.count(" && ") + line.count("evaluate.py") for line in printed] == [3] * 6
     assert (made, OUT.exists()) == ([], False)  # nothing is run
     assert grid(*words)[0] == 0
-    assert made[:6] == list(product(("ee", "sweet", "mm"), (1e-3, 1e-2), (0,)))
     seeds = {"ee": (1, 2, 3, 4), "sweet": (1, 2), "mm": (1, 2, 3, 4, 5)}  # further ones one at a time; in vain
-    assert made[6:] == [(method, 1e-2, seed) for method, of_method in seeds.items() for seed in of_method]
+    rates = [(1e-3, 0), (1e-2, 0)]  # the search comes first
+    expected = [rates + [(1e-2, seed) for seed in of_method] for of_method in seeds.values()]
+    assert made == [(name, *of_run) for name, runs in zip(seeds, expected, strict=True) for of_run in runs]
     before = [*made]
     assert (grid(*words)[0], made) == (0, before)  # nothing is made again
     assert grid(*words, "--print")[1] == ""
-    evaluation = next(OUT.glob("runs/*seed0/evaluation.json"))
+    evaluation = next(OUT.glob("runs/*seed0*/evaluation.json"))
     evaluation.write_text(evaluation.read_text().replace("0.5, ", ""))  # at one threshold, by hand
     out = grid(*words, "--print")[1]
     assert (out.count("\n"), "evaluate.py" in out, "train.py" in out) == (1, True, False)
@@ -118,27 +135,23 @@ def test_the_search_comes_first_and_runs_that_do_not_converge_are_repeated(grid,
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(grid, monkeypatch):
-    """Also at one rate of the search: the others choose."""
+    """At one rate of the search the others choose. A second call tries it once more, and misses nothing either."""
 
     def pretend(command: list[str]) -> SimpleNamespace:
-        options = options_of(command)
-        if options.get("method") == "sweet" and options["lr"] < 1:
+        options, fails = options_of(command), "--method=ee" in command or "--lr=2.0" in command
+        if "train.py" in command[1] and not fails:
             fake_run(options["out"], options, 60.0)
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(returncode=int(fails))
 
     monkeypatch.setattr(reproduce.subprocess, "run", pretend)
+    for _ in range(2):
+        status, out, err, _ = grid("--methods", "sweet", "--seeds", "0,1", "--lrs", "1e-3,2")
+        assert (status, "of 2 runs" in out) == (0, True), err
+        assert "Failed runs: tiny-sweet-toy-lr2-seed0-" in (OUT / "results.md").read_text()
     status, out, err, _ = grid("--methods", "ee,sweet", "--seeds", "0", "--lrs", "1e-3")
-    assert err.splitlines()[-1].endswith("1 runs failed, see their messages above: tiny-cls-ee-toy-lr0.001-n32-seed0")
-    assert (status, "of 1 runs; 1 missing" in out) == (2, True)
-    status, out, err, _ = grid("--methods", "sweet", "--seeds", "0,1", "--lrs", "1e-3,2")
-    assert err.splitlines()[-1].endswith("1 runs failed, see their messages above: tiny-cls-sweet-toy-lr2-n32-seed0")
-    assert (status, "of 2 runs; 1 missing" in out) == (2, True)
-    status, out, err, _ = grid("--methods", "ee", "--seeds", "0", "--lrs", "1e-3")  # none has a score
-    assert (status, "runs failed" in err, "of 0 runs; 1 missing" in out) == (2, True, True)
-    write_model(Path("other/tiny"), "bert")
-    for option, value in (("epochs", 7), ("max-length", 16), ("batch-size", 8), ("model", "other/tiny")):
-        status, _, err, _ = grid("--methods", "sweet", "--seeds", "0", "--lrs", "1e-3", f"--{option}", value)
-        assert (status, f", not {value}; name another --out" in err) == (2, True)
+    assert (status, "of 1 runs" in out) == (0, True)
+    status, _, err, _ = grid("--methods", "ee", "--seeds", "0", "--lrs", "1e-3")  # none has a score
+    assert (status, "all runs failed, see their messages above" in err) == (2, True)
 
 
 def test_without_a_clone_it_is_one_line(grid, monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Run folders: what is read is what was saved, and what does not fit is refused. Also the defaults of a training."""
 
 import shutil
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,63 +11,53 @@ import torch
 
 from minisweet.base.files import read_json
 from minisweet.checkpoint import read_config
-from minisweet.defaults import default_exit_layers, default_learning_rate, resolve
-from minisweet.methods import METHODS
-from minisweet.options import TrainingOptions
-from minisweet.outputs import ask_all, read_outputs, write_outputs
-from minisweet.run import (
-    check_output,
-    load_model,
-    load_run_tokenizer,
-    read_record,
-    read_validation,
-    save_run,
-    weights_id,
-)
+from minisweet.defaults import default_exit_layers, default_learning_rate, fill_in
+from minisweet.exits import HEADS, METHODS
+from minisweet.run import check_output, load_models, read_run, save_run
 from minisweet.tasks import PAPER_STEPS, TASKS, Task
 from minisweet.texts import Examples, Texts, load_tokenizer
-from tests.conftest import random_batch, refused, undecided_model, write_model
-
-ROWS = Examples(["the film", 'a "bad"\n\u2028 film'], None, [1, 0])
+from tests.conftest import answers_of, random_batch, refused, undecided_models, write_model
 
 
-@pytest.mark.parametrize("strategy", ["confidence", "lte"])
+@pytest.mark.parametrize("strategy", HEADS)
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_loaded_is_what_was_saved(tmp_path, run_of, model_type, method, strategy):
-    folder, record, rows = write_model(tmp_path / "tiny", model_type), read_record(run_of("sweet")), ROWS
-    if model_type == "bert":
-        rows = ROWS._replace(second=["a", "b"], groups=["x", None], labels=[1, -1])
-    model = undecided_model(folder, method, strategy=strategy)
-    arguments = replace(record.arguments, method=method, exit_strategy=strategy)
-    record = replace(record, arguments=arguments, exit_layers=list(model.exit_layers), id=weights_id(model))
-    tokenizer = load_tokenizer(folder, record.vocab_size, record.arguments.max_length)
-    run = tmp_path / "run"
-    save_run(run, record, model.train(), tokenizer, rows, {"more": b""})
-    assert (read_record(run), read_validation(run, record)) == (record, rows)
-    assert read_json(run / "config.json")["model_type"] == "minisweet"  # which no other library takes
-    assert (run / "more").exists()
-    loaded = load_model(run, record)
-    assert not loaded.training
-    torch.testing.assert_close(loaded(*random_batch()), model.eval()(*random_batch()), rtol=0, atol=0)
-    texts = Texts(tokenizer, rows)
-    assert Texts(load_run_tokenizer(run, record), rows).keys.tolist() == texts.keys.tolist()
-    outputs = ask_all(loaded, texts)
-    write_outputs(run / "logits.safetensors", outputs, record.id)
-    for ours, theirs in zip(read_outputs(run / "logits.safetensors", record.id), outputs, strict=True):
-        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    folder, out, rows = write_model(tmp_path / "tiny", model_type), tmp_path / "run", Examples(["the film"], None, [1])
+    models = undecided_models(folder, method, strategy=strategy, pooling="mean")
+    config, run = read_config(folder, "mean"), replace(read_run(run_of("sweet")), method=method, exit_strategy=strategy)
+    tokenizer = load_tokenizer(folder, config.vocab_size, run.max_length)
+    save_run(out, run, models, config, tokenizer, overwrite=False)
+    assert read_json(out / "config.json")["model_type"] == "minisweet"  # which no other library takes
+    assert read_config(out) == config
+    again = read_run(out)
+    assert (replace(again, id=run.id), again.id == run.id) == (run, False)
+    loaded = load_models(out, again, config)
+    assert not any(model.training for model in loaded)
+    for ours, theirs in zip(answers_of(loaded, random_batch()), answers_of(models, random_batch()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    keys = Texts(load_tokenizer(out, config.vocab_size, run.max_length), rows).keys
+    assert keys.tolist() == Texts(tokenizer, rows).keys.tolist()
 
 
 @pytest.mark.parametrize("left", [0, 4, 1000, -1])
-def test_a_file_of_tensors_that_was_cut_is_one_line(run_of, tmp_path, left):
-    run = shutil.copytree(run_of("sweet"), tmp_path / "run")
-    record = read_record(run)
-    for name, load in (
-        ("model.safetensors", lambda _: load_model(run, record)),
-        ("logits.safetensors", lambda path: read_outputs(path, record.id)),
-    ):
-        path = Path(run, name)
-        path.write_bytes(path.read_bytes()[:left])
-        assert refused(load, path).startswith(f"{path}: not readable (")
+def test_weights_that_were_cut_are_one_line(run_of, tmp_path, left):
+    folder = shutil.copytree(run_of("sweet"), tmp_path / "run")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:left])
+    assert refused(load_models, folder, read_run(folder), read_config(folder)).startswith(
+        f"{folder}: no readable model"
+    )
+
+
+def test_weights_and_rows_of_another_run_are_refused(run_of, tmp_path):
+    folder = shutil.copytree(run_of("sweet"), tmp_path / "run")
+    shutil.copy(run_of("ee") / "model.safetensors", folder)
+    error = refused(load_models, folder, read_run(folder), read_config(folder))
+    assert error == f"{folder / 'model.safetensors'}: belongs to another run than run.json beside it"
+    run = replace(read_run(folder), dev_rows="of other rows")
+    assert refused(run.examples, "dev", tmp_path) == (
+        f"data_dir: {tmp_path}: its dev rows of toy are not those of the training"
+    )
 
 
 def test_every_depth_has_exit_layers():
@@ -78,7 +69,10 @@ def test_a_task_of_ones_own_gets_the_papers_750_steps_and_never_fewer_than_two_e
     config, own = read_config(write_model(tmp_path / "tiny", "bert")), Task(("a", "b"), steps=PAPER_STEPS)
 
     def epochs(name: str, task: Task, rows: int, **options: int) -> int:
-        return resolve(TrainingOptions(**options), config, name, task, rows).epochs
+        left_open = dict.fromkeys(("exit_layers", "batch_size", "lr", "epochs"))
+        args = Namespace(**left_open | {"method": "sweet", "task": name} | options)
+        fill_in(args, config, task, rows)
+        return args.epochs
 
     for rows, wanted in ((788, 15), (6000, 2), (5999, 2), (5984, 3), (393_000, 2), (1, 750)):
         assert epochs("own", own, rows) == wanted
@@ -113,3 +107,8 @@ def test_a_mount_point_is_refused_before_training(tmp_path, monkeypatch):
         error = refused(check_output, tmp_path / name, False)
         assert error == f"out: {tmp_path / name} is a mount point, which cannot be replaced; name a folder in it"
     check_output(tmp_path / "mounted" / "run", False)
+
+
+def test_a_folder_with_a_file_of_that_name_is_not_taken_for_a_run(tmp_path):
+    Path(tmp_path, "run.json").write_text('{"of": "another program"}')
+    assert refused(check_output, tmp_path, True).endswith("run.json is not that of a run; name another folder")

@@ -9,7 +9,7 @@ import pytest
 import evaluate
 import train
 from minisweet import hub, tasks
-from minisweet.run import read_record
+from minisweet.run import read_run
 from minisweet.tasks import TASKS, find_task, load_examples
 from minisweet.texts import Examples, read_cells
 from tests.conftest import refused, write_model
@@ -56,7 +56,8 @@ def test_new_texts_need_no_label_and_blank_lines_are_texts(tmp_path):
     pairs = read("\ufeff#2 String|#1 String|note\r\nb|!|x\r\nd|c\r\n\r\n | ", "#1 String", "#2 String")
     assert pairs == [(2, [ODD, "b"]), (3, ["c", "d"]), (4, ["", ""]), (5, [" ", " "])]
     header = TASKS["cola"].header
-    assert read("||x|sentence\n\n", "sentence", header=header) == [(1, ["sentence"]), (2, [""])]
+    assert read("||x|a sentence\n\n", "sentence", header=header) == [(1, ["a sentence"]), (2, [""])]
+    assert read("id|sentence|author|year\n1|!|x|2\n", "sentence", header=header) == [(2, [ODD])]
     assert read("|".join(header) + "\n||x|a", "sentence", header=header) == [(2, ["a"])]
     assert read("|".join(header[::-1]) + "\na||x|", "sentence", header=header) == [(2, ["a"])]
     for text, message in {
@@ -159,11 +160,11 @@ def test_a_data_set_in_glues_layout_is_trained_on_and_evaluated(command, tmp_pat
     words = "--model tiny --data-dir . --task own --exit-layers 1,2,4 --max-length 32 --amp off --out run".split()
     status, _, err = command(train, *words)
     assert "lr 0.0001, epochs 5, seed 0, " in err
-    assert (status, "own: 2 of 2 rows to train on, 2 to validate\ntexts cut" in err) == (0, True)
+    assert (status, "own: 2 of 2 rows to train on (cut to 32 tokens: 0), 2 to validate\n" in err) == (0, True)
     assert [f"{name}.tsv: rows without text or label, skipped: 1\n" in err for name in ("train", "dev")] == [True, True]
-    record = read_record(Path("run"))
+    record = read_run(Path("run"))
     assert (record.task, record.labels, record.text_columns) == ("own", ["no", "yes"], columns)
-    assert (record.metric, record.arguments.epochs, len(record.losses["sweet"])) == ("accuracy", 5, 5)
+    assert (record.metric, record.epochs, len(record.losses[0])) == ("accuracy", 5, 5)
     assert command(evaluate, "run")[0] == 0
 
 

@@ -110,7 +110,7 @@ def test_wordpiece_tokens_are_those_of_transformers(tmp_path, name, value):
         ("absent.txt", [], "missing or not readable"),
         ("tokenizer.json", ["{"], "missing or not readable"),
         ("tokenizer.json", [Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>")).to_str()], "Missing "),
-        ("tokenizer_config.json", ['{"do_lower_case": "no"}'], "do_lower_case is 'no', should be bool"),
+        ("tokenizer_config.json", ['{"do_lower_case": "no"}'], "its tokenizer is missing or not readable ("),
         ("vocab.txt", ["[CLS]", "[UNK]", "[SEP]", *WORDS], "or slightly fewer, with [CLS], [SEP], [PAD], [UNK]"),
         ("vocab.txt", [*SPECIAL, *WORDS, "a", "b", "c"], "28 tokens, should have 26 (the rows of the embedding)"),
     ],

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -12,57 +11,58 @@ import pytest
 import torch
 
 import train
-from minisweet import fast, load_encoder, training
+from minisweet import load_encoder
 from minisweet.base.files import read_json
+from minisweet.exits import METHODS
 from minisweet.fast import used_rows
-from minisweet.methods import METHODS
-from minisweet.run import read_record, read_validation
+from minisweet.run import read_run
 from minisweet.tasks import load_examples
-from minisweet.training import fine_tune
-from tests.conftest import model_of, quick, toy_examples, write_model
+from tests.conftest import model_of, models_of, quick, toy_examples, write_model
+from train import fine_tune
 
 
 def test_each_step_draws_dropout_anew(tmp_path):
     model = model_of(write_model(tmp_path / "tiny", "bert", hidden_dropout_prob=0.5), "ee", (1, 4))
     examples = toy_examples(tmp_path / "tiny", [0] * 8)  # one text, so that their order does not count
-    first, second = fine_tune(model, examples, 2, 8, 1e-12)
+    settings = {"epochs": 2, "batch_size": 8, "lr": 1e-12}
+    first, second = fine_tune(model, examples, **settings)
     assert first != pytest.approx(second)
-    assert fine_tune(model, examples, 2, 8, 1e-12) == pytest.approx(np.array([first, second]))
-    assert fine_tune(model, examples, 2, 8, 1e-12, seed=1) != pytest.approx(np.array([first, second]))
+    assert fine_tune(model, examples, **settings) == pytest.approx(np.array([first, second]))
+    assert fine_tune(model, examples, **settings, seed=1) != pytest.approx(np.array([first, second]))
 
 
 @pytest.mark.parametrize("method", ["sweet", "ee"])
 def test_mixed_precision_gradients_are_those_of_float32(tmp_path, monkeypatch, method):
     """float16 gradients are unscaled before they are clipped."""
-    folder, norms, clip = write_model(tmp_path / "tiny", "bert"), {}, training.clip_grad_norm_
+    folder, norms, clip = write_model(tmp_path / "tiny", "bert"), {}, train.clip_grad_norm_
     for precision in (None, torch.bfloat16, torch.float16):
         seen = norms.setdefault(precision, [])
-        monkeypatch.setattr(training, "clip_grad_norm_", lambda own, limit, seen=seen: seen.append(clip(own, limit)))
+        monkeypatch.setattr(train, "clip_grad_norm_", lambda own, limit, seen=seen: seen.append(clip(own, limit)))
         model = model_of(folder, method, (1, 4))
-        fine_tune(model, toy_examples(folder, range(16), 16), 1, 16, 1e-3, precision=precision)
+        settings = {"epochs": 1, "batch_size": 16, "lr": 1e-3}
+        fine_tune(model, toy_examples(folder, range(16), 16), **settings, precision=precision)
     assert len({seen[0].item() for seen in norms.values()}) == 3
     assert norms[torch.float16][0].item() == pytest.approx(norms[None][0].item(), rel=0.05)
     assert norms[torch.bfloat16][0].item() == pytest.approx(norms[None][0].item(), rel=0.1)
 
 
-def test_a_model_trains_alike_on_the_rows_in_use_and_an_error_leaves_all_rows_whole(model_dir, monkeypatch):
+def test_a_model_trains_alike_on_the_rows_in_use_and_an_error_leaves_all_rows_whole(model_dir):
     examples = toy_examples(model_dir, range(24))
-    few, whole = (model_of(model_dir, "sweet") for _ in range(2))
-    history = fine_tune(few, examples, 1, 8, 1e-3)
-    with monkeypatch.context() as patch:
-        patch.setattr(fast, "used_rows", lambda table, _: nullcontext(torch.arange(len(table.weight))))
-        np.testing.assert_allclose(fine_tune(whole, examples, 1, 8, 1e-3), history, atol=1e-5)
-    torch.testing.assert_close(few.state_dict(), whole.state_dict(), atol=1e-5, rtol=1e-4)
+    small, whole = (model_of(model_dir, "sweet") for _ in range(2))
+    table, settings = small.encoder.word_embeddings, {"epochs": 1, "batch_size": 8, "lr": 1e-3}
+    with used_rows(table, examples) as few:
+        assert len(table.weight) == len({*np.concatenate(examples.ids), examples.pad_id}) < 60
+        assert few.batch(np.arange(24)).input_ids.unique().tolist() == [*range(len(table.weight))]
+        history = fine_tune(small, few, **settings)
+    np.testing.assert_allclose(fine_tune(whole, examples, **settings), history, atol=1e-5)
+    torch.testing.assert_close(small.state_dict(), whole.state_dict(), atol=1e-5, rtol=1e-4)
     unseen = np.setdiff1d(np.arange(60), [*np.concatenate(examples.ids), examples.pad_id])
     new = load_encoder(model_dir).word_embeddings.weight[unseen]
     assert torch.equal(whole.encoder.word_embeddings.weight[unseen], new)  # no weight decay
-    before = copy.deepcopy(few.state_dict())
-    table, ids = few.encoder.word_embeddings, np.concatenate(examples.ids)
-    with used_rows(table, ids) as row_of:
-        assert row_of[ids].unique().tolist() == [*range(len(table.weight))]
-    with pytest.raises(FloatingPointError), used_rows(table, ids):
+    before = copy.deepcopy(small.state_dict())
+    with pytest.raises(FloatingPointError), used_rows(table, examples):
         raise FloatingPointError
-    assert all(torch.equal(tensor, before[name]) for name, tensor in few.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
 
 
 # What follows runs train.py.
@@ -75,19 +75,17 @@ def test_a_run_tells_what_made_it(command, model_dir, method):
     assert (status, "lr 0.002" in err) == (0, True)
     record = read_json(Path(f"runs/tiny-{method}-toy-seed3/run.json"))
     assert record["subset"] == sorted(np.random.default_rng(3).permutation(400)[:48].tolist())  # of all methods
-    steps, exits = zip(*map(np.shape, record["losses"].values()), strict=True)
-    assert ({*steps}, sum(exits), record["exit_layers"]) == ({6}, 3, [1, 2, 4])
-    assert list(record["losses"]) == (["layers 1", "layers 2", "layers 4"] if method == "mm" else [method])
-    model, rows = model_of(model_dir, method, seed=3, pooling="mean"), toy_examples(model_dir, record["subset"])
-    for part, losses in zip(model.models_alone, record["losses"].values(), strict=True):
-        again = fine_tune(part, rows, 2, 16, 2e-3, seed=3, precision=torch.bfloat16)
-        np.testing.assert_allclose(again, losses, atol=1e-4)
-    assert record["trained_keys"] == sorted({*toy_examples(model_dir, record["subset"]).keys.tolist()})
+    steps, exits = zip(*map(np.shape, record["losses"]), strict=True)
+    assert ({*steps}, exits, record["exit_layers"]) == ({6}, (1, 1, 1) if method == "mm" else (3,), [1, 2, 4])
+    models, rows = models_of(model_dir, method, seed=3, pooling="mean"), toy_examples(model_dir, record["subset"])
+    settings = {"epochs": 2, "batch_size": 16, "lr": 2e-3, "seed": 3, "precision": torch.bfloat16}
+    for model, losses in zip(models, record["losses"], strict=True):
+        np.testing.assert_allclose(fine_tune(model, rows, **settings), losses, atol=1e-4)
     assert {"torch", "tokenizers", "python"} <= set(record["versions"])
     assert record["weights"] == hashlib.sha256((model_dir / "model.safetensors").read_bytes()).hexdigest()
     folder = Path(f"runs/tiny-{method}-toy-seed3")
-    assert read_json(folder / "config.json")["pooling"] == "mean"
-    assert read_validation(folder, read_record(folder)).first == load_examples("toy", "dev", Path()).first
+    assert (read_json(folder / "config.json")["pooling"], "pooling" in record) == ("mean", False)  # in one place
+    assert read_run(folder).examples("dev") == load_examples("toy", "dev", Path())
 
 
 def test_an_existing_run_is_refused_before_training_and_replaced_only_at_the_end(command, tmp_path, monkeypatch):
@@ -105,8 +103,8 @@ def test_an_existing_run_is_refused_before_training_and_replaced_only_at_the_end
         assert f"error: {tmp_path / 'a'}: already exists; name another\n" in command(train, *options, "--seed", 1)[2]
     assert {path: path.read_bytes() for path in Path("a").iterdir()} == before
     assert command(train, *options, "--overwrite", "--seed", 1)[0] == 0
-    after = read_record(Path("a"))
-    assert (after.arguments.seed, after.subset != json.loads(before[Path("a/run.json")])["subset"]) == (1, True)
+    after = read_run(Path("a"))
+    assert (after.seed, after.subset != json.loads(before[Path("a/run.json")])["subset"]) == (1, True)
     assert {*Path("a").iterdir()} == {*before}
     assert not list(Path().glob(".*"))
 
@@ -119,4 +117,4 @@ def test_a_training_that_diverges_is_one_line_and_leaves_what_was_there(command,
     assert (status, err.splitlines(True)[-1], Path("a").exists()) == (2, message, False)
     assert command(train, *quick(model, "--out", "a", "--overwrite"))[0] == 0
     assert command(train, *options, "--overwrite")[0] == 2
-    assert read_record(Path("a")).arguments.lr != 1e30
+    assert read_run(Path("a")).lr != 1e30

@@ -46,6 +46,11 @@ def choose_precision(amp: str, device: torch.device, training: bool = False) -> 
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
+def amp_of(precision: str) -> str:
+    """The choice of AMP that gives a precision, such as "torch.bfloat16"."""
+    return {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(precision, "off")
+
+
 def processor() -> tuple[str, bool]:
     """The name of the CPU, and whether it has instructions for bfloat16 (known on Linux with x86 only)."""
     path = Path("/proc/cpuinfo")

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisweet.calibration import fit_temperature
 from minisweet.classifier.bag_of_words import minimize
 from minisweet.classifier.training import leaves
+from minisweet.confidence import fit_temperature
 
 PRIOR_OF_WEIGHT = 3.0  # pulls the weight towards 0, so that a few rows decide little
 

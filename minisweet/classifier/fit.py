@@ -8,7 +8,6 @@
 A trunk, which is a finished classifier, is not trained; only a bag of words is put in front of it.
 """
 
-import copy
 import hashlib
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -110,7 +109,7 @@ def start_from(options: FitOptions) -> Source:
     """
     trunk = load_trunk(Path(options.trunk)) if options.trunk else None
     folder = Path(options.trunk) if options.trunk else model_folder(options.model)
-    config = read_config(folder)
+    config = read_config(folder, "cls" if options.trunk else "mean")
     length = trunk.max_length if trunk else None
     if options.max_length and length and options.max_length != length:  # the keys of cut texts would change
         raise InputError(f"{options.max_length}, should be {length}, as of the trunk {options.trunk}", "max_length")
@@ -199,22 +198,23 @@ def train_model(model: MultiExitModel, split: Split, source: Source) -> dict[str
     epochs = options.epochs or default_epochs(EPOCHS, STEPS, len(labelled), source.batch_size)
     vectors = embed(model.encoder.eval().to(source.device), labelled)
     fit_probe(model.cpu().heads[0], vectors, torch.from_numpy(labelled.labels))
-    losses = {"fine-tuning": tune(model, labelled, epochs, source, "fine-tuning")}
+    losses = {"fine-tuning": tune(model, labelled, labelled.labels, epochs, source, "fine-tuning")}
     if len(labelled) < len(split.unlabelled):
         again = np.sort(np.random.default_rng(0).permutation(split.unlabelled)[:MOST_AGAIN])
         answers = answers_of(source, model, split.texts.take(again))
         known = split.texts.take(np.concatenate([split.labelled, again]))
         title = "learning from its own answers"
-        losses[title] = tune(model, with_answers(known, answers), options.epochs or EPOCHS_AGAIN, source, title)
+        targets = with_answers(known, answers)
+        losses[title] = tune(model, known, targets, options.epochs or EPOCHS_AGAIN, source, title)
     return losses
 
 
-def tune(model: MultiExitModel, texts: Texts, epochs: int, source: Source, title: str) -> list:
+def tune(model: MultiExitModel, texts: Texts, targets: np.ndarray, epochs: int, source: Source, title: str) -> list:
     """Train all layers. Returns the losses of each step."""
     where, precision = device_name(source.device), source.precision
     LOG.info("%s: %d epochs, lr %g, %s, %s", title, epochs, source.lr, where, precision or torch.float32)
     settings = epochs, source.batch_size, source.lr, source.options.seed, source.device, precision
-    losses = fine_tune(model, texts, *settings, title=title)
+    losses = fine_tune(model, texts, targets, *settings, title=title)
     return np.round(losses, 5).tolist()
 
 
@@ -222,7 +222,9 @@ def answers_of(source: Source, model: MultiExitModel, texts: Texts) -> Tensor:
     """The probabilities (N, C) that a model gives for N texts."""
     model.eval().to(source.device)
     precision = choose_precision(source.options.amp, source.device)  # as in evaluation: float32 on a CPU
-    logits = run_all(lambda *inputs: model(*inputs)[0], texts, source.device, precision, title="unlabelled texts")
+    logits = run_all(
+        lambda *inputs: model(*inputs)[0].logits, texts, source.device, precision, title="unlabelled texts"
+    )
     model.cpu()
     return logits.softmax(-1)
 
@@ -230,18 +232,17 @@ def answers_of(source: Source, model: MultiExitModel, texts: Texts) -> Tensor:
 def train_bag(model: MultiExitModel, split: Split, embeddings: Tensor, source: Source) -> NgramExit:
     """A bag of words that learns the labels, and the model's answers to texts without one."""
     learned = split.texts.take(split.learning)
+    targets = learned.labels
     if len(split.unlabelled):
-        learned = with_answers(learned, answers_of(source, model, split.texts.take(split.unlabelled)))
+        targets = with_answers(learned, answers_of(source, model, split.texts.take(split.unlabelled)))
     bag = NgramExit(source.config.vocab_size, len(split.labels), special_ids(source.tokenizer))
     chunks = np.array_split(np.arange(len(learned)), -(-len(learned) // 256))
     batches = [learned.batch(rows).inputs[:2] for rows in chunks]
-    fit_ngrams(bag, batches, torch.from_numpy(learned.targets), embeddings)
+    fit_ngrams(bag, batches, torch.from_numpy(targets), embeddings)
     return bag
 
 
-def with_answers(texts: Texts, answers: Tensor) -> Texts:
-    """Labelled texts, then unlabelled ones. Their targets are the labels, and the `answers` (n, C) of a model."""
+def with_answers(texts: Texts, answers: Tensor) -> np.ndarray:
+    """The targets (N, C) of labelled texts, then unlabelled ones: the labels, and the `answers` (n, C) of a model."""
     labels = np.eye(answers.shape[1], dtype=np.float32)[texts.labels[: len(texts) - len(answers)]]
-    same = copy.copy(texts)
-    same.targets = np.concatenate([labels, answers.numpy()])
-    return same
+    return np.concatenate([labels, answers.numpy()])

@@ -44,8 +44,8 @@ from minisweet.classifier.bag_of_words import NgramExit
 from minisweet.classifier.cascade import CascadeRule
 from minisweet.classifier.operating_point import choosers_and_judges
 from minisweet.classifier.state import State
+from minisweet.dropout import Dropout
 from minisweet.exits import MultiExitModel
-from minisweet.fast import Dropout
 from minisweet.texts import Texts, special_tokens
 
 OPSET, IR_VERSION = 20, 10  # ONNX Runtime reads both from 1.18 on
@@ -75,7 +75,7 @@ class OnTokens(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
         """The logits (B, C) of texts, (B, T) each."""
-        return self.model(ids, mask, types)[0]
+        return self.model(ids, mask, types)[0].logits
 
 
 class Writer:

@@ -15,8 +15,7 @@ from minisweet.base import commands
 from minisweet.base.devices import AMP_CHOICES, AMP_HELP
 from minisweet.base.files import InputError
 from minisweet.checkpoint import REPOSITORIES
-from minisweet.exits import EXIT_STRATEGIES
-from minisweet.methods import METHODS
+from minisweet.exits import HEADS, METHODS
 
 Made = TypeVar("Made", bound="Options")
 
@@ -148,7 +147,7 @@ class TrainingOptions(CommonOptions):
     exit_layers: list[int] | None = option(
         None, list_of(whole_number(1)), "counted from 1, as in 1,4,6,12 (default: the paper's, by the model's depth)"
     )
-    exit_strategy: str = option("confidence", one_of(*EXIT_STRATEGIES), "confidence, or lte for learning-to-exit")
+    exit_strategy: str = option("confidence", one_of(*HEADS), "confidence, or lte for learning-to-exit")
     pooling: str | None = option(
         None, one_of("cls", "mean"), "what exits read: cls, or the mean of the tokens (default: the checkpoint's)"
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minisweet.classifier.bag_of_words import minimize
 from minisweet.classifier.training import run_all
-from minisweet.exits import MultiExitModel, pool
+from minisweet.exits import Answer, MultiExitModel, pool
 from minisweet.layers import TransformerEncoder
 from minisweet.texts import Texts
 
@@ -28,10 +28,10 @@ class LinearHead(nn.Module):
         super().__init__()
         self.linear = nn.Linear(hidden_size, num_labels)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor) -> Answer:
         """The mean (B, D) to logits (B, C), in float32 even where layers run in half precision."""
         with torch.autocast(x.device.type, enabled=False):
-            return self.linear(F.normalize(x.float())), None
+            return Answer(self.linear(F.normalize(x.float())))
 
 
 def with_linear_head(encoder: TransformerEncoder, num_labels: int) -> MultiExitModel:

@@ -20,9 +20,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from minisweet.base.files import InputError, read_dataclass, read_json, write_json, written_beside
-from minisweet.checkpoint import OURS, WEIGHTS, Made, load_strict
+from minisweet.checkpoint import OURS, WEIGHTS, load_strict, open_weights
 from minisweet.classifier.options import TrainingOptions
-from minisweet.exits import ExitModel
+from minisweet.exits import MultiExitModel
+from minisweet.fast import no_initial_weights
 from minisweet.texts import Examples, load_tokenizer
 
 RECORD, CONFIG, TOKENIZER, VALIDATION = "run.json", "config.json", "tokenizer.json", "validation.jsonl"
@@ -66,7 +67,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "system": platform.platform(), **libraries}
 
 
-def weights_id(model: ExitModel) -> str:
+def weights_id(model: MultiExitModel) -> str:
     """The id of a run: the SHA-256 of its model's weights."""
     return hashlib.sha256(save(model.state_dict())).hexdigest()
 
@@ -93,7 +94,7 @@ def check_output(out: Path, overwrite: bool) -> None:
 def save_run(
     out: Path,
     record: Record,
-    model: ExitModel,
+    model: MultiExitModel,
     tokenizer: Tokenizer,
     validation: Examples,
     more: Mapping[str, bytes] | None = None,
@@ -107,7 +108,7 @@ def save_run(
         folder.mkdir()
         write_json(folder / RECORD, asdict(record))
         (folder / WEIGHTS).write_bytes(save(model.state_dict(), {"id": record.id}))
-        config = model.models_alone[-1].encoder.config
+        config = model.encoder.config
         content = asdict(config) | {"num_hidden_layers": record.depth}
         write_json(folder / CONFIG, content | {"model_type": OURS, "encoder_type": config.model_type})
         (folder / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
@@ -137,21 +138,22 @@ def read_record(folder: Path) -> Record:
     if not is_run(folder):
         raise InputError(f"{folder}: no run here (it has no {RECORD}); train one with train.py or minisweet fit")
     content = read_json(folder / RECORD)
+    if "dev_rows" in content:
+        raise InputError(f"{folder}: a run of train.py, which is evaluated by: python evaluate.py {folder}")
     if "fit" not in content:
         raise InputError(f"{folder}: a run of an earlier version of minisweet; train it again")
     return read_dataclass(Record, folder / RECORD, content)
 
 
-def load_weights(folder: Path, record: Record, make: Callable[[], Made]) -> Made:
-    """Make a model and load the weights of a run into it, if they are those of its record"""
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            id_of_file = (file.metadata() or {}).get("id")
-    except Exception as error:  # of safetensors, according to what is wrong with the file
-        raise InputError(f"{folder / WEIGHTS}: not readable ({error})") from None
-    if id_of_file != record.id:
-        raise InputError(f"{folder / WEIGHTS}: belongs to another run than {RECORD} beside it ({id_of_file})")
-    return load_strict(folder, make).eval()
+def load_weights(folder: Path, record: Record, make: Callable[[], Any]) -> Any:
+    """Make a model and load the weights of a run into it, if they are those of its record; see `load_model`."""
+    slices, metadata = open_weights(folder)
+    if metadata.get("id") != record.id:
+        raise InputError(f"{folder / WEIGHTS}: belongs to another run than {RECORD} beside it")
+    with no_initial_weights():
+        model = make()
+    load_strict(model, slices, folder)
+    return model.eval()
 
 
 def load_run_tokenizer(folder: Path, record: Record) -> Tokenizer:

@@ -60,7 +60,7 @@ class Trained(NamedTuple):
         self, texts: Texts, device: torch.device, precision: torch.dtype | None, batch_size: int = BATCH_SIZE
     ) -> Tensor:
         """The model's logits (N, C) for N texts."""
-        return run_all(lambda *inputs: self.model(*inputs)[0], texts, device, precision, batch_size, "model")
+        return run_all(lambda *inputs: self.model(*inputs)[0].logits, texts, device, precision, batch_size, "model")
 
     def ask(
         self, texts: Texts, device: torch.device, precision: torch.dtype | None, batch_size: int = BATCH_SIZE

@@ -27,6 +27,7 @@ DIVERGED = "at {:g} the loss became infinite or NaN at step {}; try a lower one"
 def fine_tune(
     model: MultiExitModel,
     texts: Texts,
+    targets: np.ndarray,
     epochs: int,
     batch_size: int,
     learning_rate: float,
@@ -39,7 +40,8 @@ def fine_tune(
 
     Args:
         model: is moved to the device, and back to the CPU at the end.
-        texts: with targets.
+        texts: N texts.
+        targets: labels (N,) or probabilities (N, C).
         epochs: passes over the texts.
         batch_size: B.
         learning_rate: the initial rate, which decays linearly to zero.
@@ -51,33 +53,29 @@ def fine_tune(
     Raises InputError if a loss, or a trained parameter, is infinite or NaN.
     """
     model.to(device).train()
-    steps = epochs * ceil(len(texts) / batch_size)
-    batches = chain.from_iterable(texts.shuffled(batch_size, seed, epoch) for epoch in range(epochs))
+    steps, of_row = epochs * ceil(len(texts) / batch_size), torch.from_numpy(targets)
     losses: list[list[float]] = []
-    with (
-        fast.used_rows(model.encoder.word_embeddings, np.concatenate([*texts.ids, [texts.pad_id]])) as row_of,
-        progress(batches, total=steps, unit="step", desc=title) as bar,
-    ):
+    with fast.used_rows(model.encoder.word_embeddings, texts) as few:
+        batches = chain.from_iterable(few.shuffled(batch_size, seed, epoch) for epoch in range(epochs))
         parameters = list(model.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
         scaler = GradScaler(torch.device(device).type, enabled=precision is torch.float16)  # for float16 alone
-        for step, batch in enumerate(bar):
-            batch = batch._replace(input_ids=row_of[batch.input_ids]).to(device)
+        for step, batch in enumerate(bar := progress(batches, total=steps, unit="step", desc=title)):
+            batch, wanted = batch.to(device), of_row[batch.rows].to(device)
             torch.manual_seed(1_000_003 * seed + 1_009 * (step + 1))  # dropout, the same whatever ran before
             optimizer.zero_grad()
             with torch.autocast(batch.input_ids.device.type, precision, enabled=precision is not None):
-                loss = exit_loss(model(*batch.inputs)[0], None, batch.targets)  # of the one exit
+                loss = exit_loss(model(*batch.inputs)[0], wanted)  # of the one exit
             scaler.scale(loss).backward()
-            step_losses = [loss.item()]
-            losses.append(step_losses)
-            if not np.isfinite(step_losses).all():
+            losses.append([loss.item()])
+            if not np.isfinite(losses[-1]).all():
                 raise InputError(DIVERGED.format(learning_rate, step + 1), "lr")
             scaler.unscale_(optimizer)
             clip_grad_norm_(parameters, 1.0)
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
             scaler.step(optimizer)
             scaler.update()
-            bar.set_postfix_str("loss " + ", ".join(f"{loss:.2f}" for loss in step_losses), refresh=False)
+            bar.set_postfix_str(f"loss {losses[-1][0]:.2f}", refresh=False)
         if not all(parameter.isfinite().all() for parameter in parameters):  # the last update, which no loss has seen
             raise InputError(DIVERGED.format(learning_rate, steps), "lr")
     model.cpu()

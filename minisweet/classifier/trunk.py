@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from minisweet.base.files import InputError, read_json
-from minisweet.checkpoint import load_parts
+from minisweet.checkpoint import load_parts, read_config
 from minisweet.classifier.folder import load_model, read_fit_record
 from minisweet.classifier.rows import LabelType
 from minisweet.classifier.run import is_run
@@ -48,7 +48,7 @@ def load_trunk(folder: Path) -> Trunk:
     problem_type = content.get("problem_type")
     if problem_type not in (wanted, None) or len(labels) < 2:
         raise InputError(f"{path}: {problem_type} with {len(labels)} outputs, should be {wanted} with two or more")
-    parts = load_parts(folder, num_labels=len(labels))
-    model = MultiExitModel(parts.encoder, (len(parts.encoder.layers),), len(labels))  # its pooler is the checkpoint's
-    model.heads[0].get_submodule("classifier").load_state_dict(parts["classifier"].state_dict())
+    encoder, linear = load_parts(folder, read_config(folder, "cls"), num_labels=len(labels))
+    model = MultiExitModel(encoder, (len(encoder.layers),), len(labels))  # its pooler is the checkpoint's
+    model.heads[0].get_submodule("classifier").load_state_dict(linear["classifier"].state_dict())
     return Trunk(model.eval(), [str(label) for label in labels])

@@ -8,9 +8,7 @@ Dimension letters: S seeds, P points (exits, by their layers, or shares of the l
 """
 
 import csv
-import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import product
@@ -22,8 +20,9 @@ from numpy.typing import ArrayLike
 
 from minisweet import plots
 from minisweet.base.files import read_json, written_beside
-from minisweet.methods import METHODS
-from minisweet.run import EVALUATION, RECORD, VALIDATION
+from minisweet.checkpoint import read_config
+from minisweet.exits import METHODS
+from minisweet.run import EVALUATION, read_run
 
 SHARES = [Fraction(1, 24), *(Fraction(n, 12) for n in range(1, 13)), *(Fraction(n, 4) for n in (5, 6, 7))]
 # The paper's shares (App. A). For 24 layers the first is 1/24.
@@ -80,23 +79,17 @@ Chosen = dict[tuple[str, str], dict[int, Run]]  # the runs that are shown, by ta
 
 def run_of(folder: Path, commit: str = "") -> Run:
     """What train.py and evaluate.py wrote of a run."""
-    record = read_json(folder / RECORD)
-    options = record["arguments"]
-    found = read_json(folder / EVALUATION)
+    record, found = read_run(folder), read_json(folder / EVALUATION)
     of_exits = zip(found["exit_scores"], found["exit_answers"], strict=True)
     exits = dict(zip(found["exit_layers"], of_exits, strict=True))
     curve = np.round(found["speedup_ratios"], 9), found["scores"]
     scores = np.interp(np.round(np.array(SHARES, float), 9), *curve, left=np.nan, right=np.nan).tolist()
     shares = {share: score for share, score in zip(SHARES, scores, strict=True) if not np.isnan(score)}
-    constant = 0.0
-    if record["metric"] != "matthews":
-        lines = (folder / VALIDATION).read_text(encoding="utf-8").strip().split("\n")  # not at other line breaks
-        answers = Counter(json.loads(line)["label"] for line in lines)
-        constant = 100 * max(answers.values()) / answers.total()
-    key = [options[name] for name in ("method", "exit_strategy", "train_size", "lr", "seed")]
-    key = [Path(os.path.realpath(options["model"])).name, record["task"], *key, options.get("pooling") or "cls"]
-    precision = record["precision"].removeprefix("torch.")
-    return Run._make([*key, exits, shares, found["area"], constant, precision, record["seconds"], commit])
+    model, pooling = Path(os.path.realpath(record.model)).name, read_config(folder).pooling
+    options = record.method, record.exit_strategy, record.train_size, record.lr, record.seed
+    key = model, record.task, *options, pooling
+    precision = record.precision.removeprefix("torch.")
+    return Run._make([*key, exits, shares, found["area"], found["majority"], precision, record.seconds, commit])
 
 
 def read_runs(path: Path) -> list[Run]:

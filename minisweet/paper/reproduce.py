@@ -6,35 +6,32 @@ The learning rate of each task and method is searched on the first seed: the rat
 speed-accuracy curve wins (App. A). All seeds then run at that rate. As in the paper (Sec. 4.2), a run that did not
 converge (its last exit is no better than the majority class) is repeated with other seeds, here up to three.
 
-Each run is made by train.py and evaluate.py of the clone, with the options that you would type. Finished runs are
-skipped, so an interrupted grid resumes at the next call. Writes results.csv after each run, and results.md and
-curves.png at the end. For a scheduler, --print prints the commands of missing runs that can start now, one per line.
+Each run is made by train.py and evaluate.py of the clone. Finished runs are skipped, so an interrupted grid resumes at
+the next call. Writes results.csv after each task and method, and results.md and curves.png at the end. For a scheduler,
+--print prints the commands of missing runs that can start now, one per line.
 """
 
-import argparse
-import shlex
 import subprocess
 import sys
-from collections import namedtuple
+from argparse import Namespace
 from itertools import product
 from pathlib import Path
+from shlex import join
 
-from minisweet.base.commands import Parser, list_of, one_of, positive_number, whole_number
+from minisweet.base.commands import Parser, list_of, number, positive_number
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError, read_json, written_beside
 from minisweet.checkpoint import read_config
-from minisweet.defaults import resolve, search_rates
-from minisweet.hub import CLONE, home, model_folder
-from minisweet.methods import METHODS
-from minisweet.options import TrainingOptions
+from minisweet.defaults import check_exit_layers, search_rates
+from minisweet.exits import METHODS
+from minisweet.hub import CLONE, model_folder
+from minisweet.options import WHAT, WHERE, add_training_options
 from minisweet.paper import report
-from minisweet.run import EVALUATION, RECORD, is_run
+from minisweet.run import EVALUATION, RECORD, read_run
 from minisweet.tasks import TASKS
 
-THRESHOLDS = 11  # of evaluate.py by default; an evaluation at others is made again
+THRESHOLDS = 11  # of evaluate.py by default
 FURTHER = 3  # seeds that are tried in place of those that did not converge
-SHARED = ["pooling", "exit_strategy", "train_size", "epochs", "max_length", "batch_size", "exit_layers"]  # by all runs
-Slot = namedtuple("Slot", ("task", "method", "lr", "seed"))  # one training
 NOTES = """
 Each rate has the largest area on the first seed, measured on the rows that are scored. A run that did not converge (its
 last exit is no better than the majority class) stays in results.csv; in the tables the next seed that converged takes
@@ -42,112 +39,59 @@ its place. Failed runs, as at too high a rate, have no rows.
 """
 
 
-def typed(script: str, *words: object, **options: object) -> list[str]:
-    """The command that runs a script of the clone. Options that are None are left out."""
-    for name, value in options.items():
-        if value is not None:
-            words += f"--{name.replace('_', '-')}", ",".join(map(str, value)) if isinstance(value, list) else value
-    return [str(word) for word in (sys.executable, CLONE / script, *words)]
+def words_of(args: Namespace, names: tuple[str, ...]) -> list[str]:
+    """The options that the grid's runs share, as they are typed; those at their defaults are left out."""
+    given = {name: getattr(args, name) for name in names if getattr(args, name) != args.defaults[name]}
+    typed = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in given.items()}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in typed.items()]
 
 
-class Grid:
-    """The runs that the command line asks for."""
+def make_run(args: Namespace, task: str, method: str, lr: float, seed: int) -> report.Run | None:
+    """Train and evaluate a run, or with --print print the commands, unless that has been done.
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.pairs = list(product(args.tasks, args.methods))
-        self.complete: dict[Slot, report.Run] = {}
-        self.failed: set[Slot] = set()
+    None if it is only printed, or fails, as at too high a rate.
+    """
+    what = [word.strip("-").replace("/", "_") for word in words_of(args, WHAT[1:])]
+    name = [Path(args.model).resolve().name, method, task, f"lr{lr:g}", f"seed{seed}", *what]
+    folder = args.runs / "-".join(name)
+    options = {"model": args.model, "task": task, "method": method, "lr": lr, "seed": seed, "out": folder}
+    train = [sys.executable, str(CLONE / "train.py"), *(f"--{name}={value}" for name, value in options.items())]
+    train += words_of(args, WHAT[1:] + WHERE)
+    evaluate = [sys.executable, str(CLONE / "evaluate.py"), str(folder), *words_of(args, ("amp", *WHERE))]
+    todo = [train] * (not (folder / RECORD).exists()) + [evaluate] * (not is_evaluated(folder))
+    if args.print and todo:
+        print(" && ".join(map(join, todo)))
+    for command in () if args.print else todo:
+        LOG.info("%s: %s", folder.name, Path(command[1]).name)
+        if subprocess.run(command).returncode:
+            args.failed.append(folder.name)
+            break
+    return report.run_of(folder) if is_evaluated(folder) else None
 
-    def folder(self, slot: Slot) -> Path:
-        """The run's folder, whose name tells the runs of a grid apart."""
-        name = f"{Path(self.args.model).resolve().name}-{self.args.pooling}-{slot.method}-{slot.task}-lr{slot.lr:g}"
-        name += f"-n{self.args.train_size}-seed{slot.seed}" + "-lte" * (self.args.exit_strategy == "lte")
-        return self.args.runs / name
 
-    def finished(self, slot: Slot) -> report.Run | None:
-        """A run that is evaluated; None if there is none. Raises InputError if it has other options."""
-        folder = self.folder(slot)
-        if slot not in self.complete and is_run(folder):
-            record = read_json(folder / RECORD)
-            for name in ("model", *SHARED):
-                if (wanted := getattr(self.args, name)) not in (None, trained := record["arguments"].get(name, wanted)):
-                    raise InputError(f"{folder} was trained with {trained}, not {wanted}; name another --out", name)
-            found = read_json(folder / EVALUATION) if (folder / EVALUATION).exists() else {}
-            if found.get("id") == record.get("id") and len(found.get("thresholds", ())) == THRESHOLDS:
-                self.complete[slot] = report.run_of(folder)
-        return self.complete.get(slot)
+def is_evaluated(folder: Path) -> bool:
+    """Whether a run's evaluation is there, is of its weights, and is the paper's, at eleven thresholds."""
+    found = read_json(folder / EVALUATION) if (folder / EVALUATION).exists() else {}
+    return bool(found) and found["id"] == read_run(folder).id and len(found["thresholds"]) == THRESHOLDS
 
-    def search(self, pair: tuple[str, str]) -> list[Slot]:
-        """The runs of the search of a task and method."""
-        return [Slot(*pair, lr, self.args.seeds[0]) for lr in self.args.lrs]
 
-    def at_best_rate(self, pair: tuple[str, str]) -> list[Slot]:
-        """The runs at the best rate, and further seeds, one at a time, for those that did not converge.
-
-        Empty until the search is complete.
-        """
-        search, seeds = self.search(pair), self.args.seeds
-        rate = report.best_rate([run for slot in search if (run := self.finished(slot))], seeds[0])
-        if rate is None or not self.are_tried(search):
-            return []
-        slots = [Slot(*pair, rate, seed) for seed in [*seeds, *range(max(seeds) + 1, max(seeds) + 1 + FURTHER)]]
-        for count in range(len(seeds), len(slots)):
-            runs = [run for slot in slots[:count] if (run := self.finished(slot))]
-            if not self.are_tried(slots[:count]) or sum(run.converged for run in runs) >= len(seeds):
-                return slots[:count]
-        return slots
-
-    def are_tried(self, slots: list[Slot]) -> bool:
-        """Whether all of some runs are complete, or have failed."""
-        return all(self.finished(slot) or slot in self.failed for slot in slots)
-
-    def missing(self) -> list[Slot]:
-        """The runs that are not complete, the search first."""
-        slots = [slot for of in (self.search, self.at_best_rate) for pair in self.pairs for slot in of(pair)]
-        return [slot for slot in dict.fromkeys(slots) if self.finished(slot) is None]
-
-    def commands(self, slot: Slot) -> list[list[str]]:
-        """The commands that are still needed to train and evaluate a run."""
-        args = self.args
-        folder = self.folder(slot)
-        options = {name: getattr(args, name) for name in (*SHARED, "model", "data_dir", "device", "amp")}
-        train = [] if is_run(folder) else [typed("train.py", **slot._asdict(), **options, out=folder)]
-        return [*train, typed("evaluate.py", folder, device=args.device, amp=args.amp)]
-
-    def make(self, slot: Slot) -> None:
-        """Train and evaluate a run, and write results.csv, or note that it failed."""
-        for command in self.commands(slot):
-            if not self.finished(slot) and subprocess.run(command).returncode:
-                break
-        if self.finished(slot):
-            report.write_runs(self.args.out / "results.csv", list(self.complete.values()))
-        else:
-            self.failed.add(slot)  # the others go on
-
-    def write(self) -> None:
-        """Write results.csv, and what is made of it."""
-        args = self.args
-        runs = list(self.complete.values())
-        chosen = {}
-        report.write_runs(args.out / "results.csv", runs)
-        for pair in self.pairs:
-            found = [run for slot in self.at_best_rate(pair) if (run := self.finished(slot))]
-            chosen[pair] = report.counted(found, args.seeds)
-        missing = [self.folder(slot).name for slot in self.missing()]
-        unlike = [f"{run.task} {run.method} {run.rate:g} seed {run.seed}" for run in runs if not run.converged]
-        text = f"# {args.model}, exit strategy {args.exit_strategy}\n\nSeeds {', '.join(map(str, args.seeds))}; up to "
-        text += f"{args.train_size} examples, {args.epochs} epochs; trained in "
-        text += f"{' and '.join({run.precision: 0 for run in runs})}.\n"
-        text += report.tables(chosen, args.tasks, args.methods) + NOTES
-        for what, names in (("Runs that did not converge", unlike), ("Missing runs", missing)):
-            text += f"\n{what}: {', '.join(names) or 'none'}\n"
-        with written_beside(args.out / "results.md") as new:
-            new.write_text(text, encoding="utf-8")
-        groups = report.with_mean(args.tasks, f"mean over {len(args.tasks)} tasks")
-        panels = {title: (chosen, tasks) for title, tasks in groups.items()}
-        report.draw_panels(args.out / "curves.png", panels, args.methods)
-        print(f"{args.out}: results.csv, results.md, curves.png, of {len(runs)} runs; {len(missing)} missing")
+def runs_of(args: Namespace, task: str, method: str) -> tuple[list[report.Run], list[report.Run]]:
+    """The runs of a task and method: all of them, and those at the best rate, once the search is complete."""
+    first, *others = args.seeds
+    searched = [make_run(args, task, method, lr, first) for lr in args.lrs]
+    found = [run for run in searched if run]
+    if not found or (args.print and len(found) < len(searched)):
+        return found, []
+    at_best = [max(found, key=lambda run: run.area)]
+    rate = at_best[0].rate
+    made = [make_run(args, task, method, rate, seed) for seed in others]
+    at_best += [run for run in made if run]
+    for seed in range(max(args.seeds) + 1, max(args.seeds) + 1 + FURTHER):
+        waits = args.print and None in made
+        if not waits and sum(run.converged for run in at_best) < len(args.seeds):
+            made.append(make_run(args, task, method, rate, seed))
+            at_best += [run for run in made[-1:] if run]
+    return found + at_best[1:], at_best
 
 
 def main(words: list[str]) -> None:
@@ -155,38 +99,52 @@ def main(words: list[str]) -> None:
     parser = Parser(__doc__, "minisweet reproduce")
     option = parser.add_argument
     glue = [task for task in TASKS if task != "toy"]
-    option("--tasks", type=list_of(one_of(*TASKS)), default=glue, help=f"default: {','.join(glue)}")
-    known = f"of {', '.join(METHODS)} (default: ee,mm,sweet)"
-    option("--methods", type=list_of(one_of(*METHODS)), default=["ee", "mm", "sweet"], help=known)
-    about = "the first for the search (default: 0,1,2)"
-    option("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help=about)
-    option("--lrs", type=list_of(positive_number), help="to search (default: the paper's; small models 5e-5 to 4e-4)")
-    option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
-    option("--runs", type=Path, help="for the run folders (default: OUT/runs)")
-    option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
+    option("--tasks", type=list_of(str, TASKS), default=glue, help=f"default: {','.join(glue)}")
+    option("--methods", type=list_of(str, METHODS), default=["ee", "mm", "sweet"], help="default: ee,mm,sweet")
+    option("--seeds", type=list_of(number(int, 0)), default=[0, 1, 2], help="the first for the search (default: 0,1,2)")
+    option("--lrs", type=list_of(positive_number), help="to search (the paper's; small models 5e-5 to 4e-4)")
+    option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (%(default)s)")
+    option("--runs", type=Path, help="for the run folders (OUT/runs)")
     option("--print", action="store_true", help="print the commands that can run now, one per line; run nothing")
-    parser.add_options(TrainingOptions, "model", *SHARED, "device", "amp", epochs=2)
+    add_training_options(parser)
     args = parser.parse_args(words)
+    args.defaults = {name: parser.get_default(name) for name in WHAT + WHERE}
+    args.runs, args.failed = args.runs or args.out / "runs", []
     if not (CLONE / "train.py").exists():
         raise InputError(f"{CLONE}: not a clone of the repository; train.py and evaluate.py are needed")
-    args.runs = args.runs or args.out / "runs"
-    config = read_config(model_folder(args.model))
-    options, task = parser.make(TrainingOptions, args), args.tasks[0]
-    filled = resolve(options, config, task, TASKS[task], args.train_size)
+    config = read_config(model_folder(args.model), args.pooling)
+    check_exit_layers(args.exit_layers, config)
+    choose_precision(args.amp, choose_device(args.device), training=True)
     args.lrs = args.lrs or search_rates(config)
-    args.exit_layers, args.batch_size, args.pooling = filled.exit_layers, filled.batch_size, filled.pooling
-    grid = Grid(args)
+    if not args.print:
+        args.runs.mkdir(parents=True, exist_ok=True)  # an error comes now, and not after hours of training
+
+    runs: list[report.Run] = []
+    chosen: report.Chosen = {}
+    for task, method in product(args.tasks, args.methods):
+        found, at_best = runs_of(args, task, method)
+        runs += found
+        chosen[task, method] = report.counted(at_best, args.seeds)
+        if not args.print:
+            report.write_runs(args.out / "results.csv", runs)
     if args.print:
-        for slot in grid.missing():
-            print(" && ".join(map(shlex.join, grid.commands(slot))))
         return
-    if grid.missing():
-        choose_precision(args.amp, choose_device(args.device), training=True)
-    for folder in (args.runs, args.out):
-        folder.mkdir(parents=True, exist_ok=True)  # an error comes now, and not after hours of training
-    while todo := [slot for slot in grid.missing() if slot not in grid.failed]:
-        LOG.info("%s (%d to go)", grid.folder(todo[0]).name, len(todo))
-        grid.make(todo[0])
-    grid.write()
-    if names := ", ".join(sorted(grid.folder(slot).name for slot in grid.failed)):
-        raise InputError(f"{len(grid.failed)} runs failed, see their messages above: {names}")
+    if not runs:
+        raise InputError("all runs failed, see their messages above")
+    write_results(args, runs, chosen)
+
+
+def write_results(args: Namespace, runs: list[report.Run], chosen: report.Chosen) -> None:
+    """Write results.md and curves.png."""
+    unlike = [f"{run.task} {run.method} {run.rate:g} seed {run.seed}" for run in runs if not run.converged]
+    text = f"# {args.model}, exit strategy {args.exit_strategy}\n\nSeeds {', '.join(map(str, args.seeds))}; up to "
+    text += f"{args.train_size} examples; trained in {' and '.join({run.precision: 0 for run in runs})}.\n"
+    text += report.tables(chosen, args.tasks, args.methods) + NOTES
+    for what, names in (("Runs that did not converge", unlike), ("Failed runs", args.failed)):
+        text += f"\n{what}: {', '.join(names) or 'none'}\n"
+    with written_beside(args.out / "results.md") as new:
+        new.write_text(text, encoding="utf-8")
+    groups = report.with_mean(args.tasks, f"mean over {len(args.tasks)} tasks")
+    panels = {title: (chosen, tasks) for title, tasks in groups.items()}
+    report.draw_panels(args.out / "curves.png", panels, args.methods)
+    print(f"{args.out}: results.csv, results.md, curves.png, of {len(runs)} runs")

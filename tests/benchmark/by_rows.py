@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from minisweet import EarlyExitClassifier
-from minisweet.base.commands import Parser, list_of, one_of, run_command, whole_number
+from minisweet.base.commands import Parser, list_of, number, run_command
 from minisweet.base.files import InputError
 from minisweet.classifier.operating_point import classification_report
 from minisweet.hub import home
@@ -83,12 +83,12 @@ def main() -> None:
     """Make what is missing."""
     parser = Parser(__doc__)
     option = parser.add_argument
-    option("--tasks", type=list_of(one_of("list", "own", "sst2")), required=True)
+    option("--tasks", type=list_of(str, ("list", "own", "sst2")), required=True)
     option("--list", type=Path)
     option("--own", type=Path, nargs=2, metavar=("TRAIN", "TEST"))
-    option("--rows", type=list_of(whole_number(10)), default=[300, 1200, 6000])
-    option("--unlabelled", type=list_of(whole_number(0)), default=[0])
-    option("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2])
+    option("--rows", type=list_of(number(int, 10)), default=[300, 1200, 6000])
+    option("--unlabelled", type=list_of(number(int, 0)), default=[0])
+    option("--seeds", type=list_of(number(int, 0)), default=[0, 1, 2])
     args, results = parser.parse_args(), CLASSIFIER / "results.csv"
     for task, seed in product(args.tasks, args.seeds):
         rows, test = draw(task, args, seed)

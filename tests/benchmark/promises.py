@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from minisweet.base.commands import Parser, run_command, whole_number
+from minisweet.base.commands import Parser, number, run_command
 from minisweet.classifier.cascade import Logits
 from minisweet.classifier.operating_point import choose
 from minisweet.classifier.promise import Goal, by_text, lost_texts
@@ -114,7 +114,7 @@ def lines() -> list[Line]:
 def main() -> None:
     """Print what came out of each kind of draws, or write promises.csv."""
     parser = Parser(__doc__)
-    parser.add_argument("--draws", type=whole_number(1), default=1000)
+    parser.add_argument("--draws", type=number(int, 1), default=1000)
     parser.add_argument("--write", action="store_true")
     args, rows = parser.parse_args(), []
     torch.set_num_threads(1)

@@ -25,7 +25,7 @@ import torch
 from tokenizers import Tokenizer
 
 from minisweet import EarlyExitClassifier
-from minisweet.base.commands import Parser, run_command, whole_number
+from minisweet.base.commands import Parser, number, run_command
 from minisweet.base.devices import device_name
 from minisweet.classifier.operating_point import classification_report
 from minisweet.fast import tune_cpu
@@ -169,7 +169,7 @@ def main() -> None:
     for name in ("train", "test"):
         parser.add_argument(name, type=Path, metavar=f"{name.upper()}.csv")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--turns", type=whole_number(1), default=3)
+    parser.add_argument("--turns", type=number(int, 1), default=3)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     runs, found = [(str(run.resolve()), EarlyExitClassifier.load(run)) for run in args.runs], []
