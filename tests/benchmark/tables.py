@@ -14,7 +14,7 @@ import numpy as np
 
 from minisweet.base.commands import Parser, run_command
 from minisweet.paper import report
-from minisweet.paper.report import PAIRS, QUARTERS, Chosen, Run, cells, named, rate_text, row_of, table
+from minisweet.paper.report import PAIRS, Chosen, Estimate, Run, Weights, cell, compare, named, rate_text, table
 from minisweet.plots import COLOURS, label_axes, new_figure, save_figure
 from tests.benchmark import CHECKOUT, CLASSIFIER, PAPER, read_rows
 from tests.benchmark.linear import RIVALS
@@ -28,10 +28,9 @@ METHODS, SEEDS = ["ee", "mm", "sweet"], range(3)
 RATES = {(DEEP, "confidence"): {5e-5, 1e-4}, (SMALL, "confidence"): {1e-4, 2e-4, 4e-4}, (SMALL, "lte"): {1e-4, 2e-4}}
 # BERT-base in the paper: differences at exits 1, 4, 6 and 12 (Tables 1, 4), and which curve is above at 1/4 and 3/4
 # of the layers (Figs. 5, 7). Exits 1, 2, 3 and 6 of six are the same, but for the first: 1/6 of the layers, not 1/12.
-PAPERS = {PAIRS[0]: "+3.6 +1.3 -0.4 -1.3 above below", PAIRS[1]: "0.0 +0.2 -0.7 -2.5 above above"}
-PAPERS |= {PAIRS[2]: "+3.6 +1.1 +0.3 +1.2 equal below"}  # Fig. 4: the curves cross at 1/4
+PAPERS = ["+3.6 +1.3 -0.4 -1.3 above below", "0.0 +0.2 -0.7 -2.5 above above", "+3.6 +1.1 +0.3 +1.2 equal below"]
 OF_LTE, SIGNS = "+4.0 +1.9 -1.5 -1.2 above equal", {"above": 1, "below": -1, "equal": 0}
-CLAIMS = [(PAIRS[0], 0), (PAIRS[0], 1), (PAIRS[0], 3), (PAIRS[0], 4), (PAIRS[1], 0), (PAIRS[2], 0)]  # README's
+CLAIMS = [(0, 0), (0, 1), (0, 3), (0, 4), (1, 0), (2, 0)]  # README's: pairs and points
 # Of the classifier's page: lists of texts.
 LISTS = {"list": "Debian-20", "own": "Debian-12", "sst2": "SST-2"}
 # README's rows of own text: a side of speed.csv, by precision and name, and its title.
@@ -61,37 +60,37 @@ def select(runs: list[Run], model: str, strategy="confidence") -> Chosen:
     return chosen
 
 
-def verdict(paper: str, values: np.ndarray) -> str:
-    """Compare the 95% interval of differences (S,) with the paper's: a number, or a word for what a figure shows."""
+def verdict(paper: str, ours: Estimate) -> str:
+    """Compare a difference's 95% interval with the paper's: a number, or a word for what a figure shows."""
     number = float(SIGNS.get(paper, paper))
     sign = np.sign(number) * (abs(number) >= 0.25)  # below a quarter point: no difference
-    mean, _, half = report.mean_and_spread(values)
-    if len(values) < 3 or np.isnan(half):
+    if np.isnan(ours.half):
         return ""
-    if not sign and abs(mean) + half <= 1:
+    if not sign and abs(ours.mean) + ours.half <= 1:
         return "compatible"
-    if abs(mean) <= half:
+    if abs(ours.mean) <= ours.half:
         return "inconclusive"
-    return "replicated" if sign * mean > 0 else "contradicted"
+    return "replicated" if sign * ours.mean > 0 else "contradicted"
 
 
-def judge(runs: list[Run], pair: tuple[str, str], points: list, paper: str) -> list[str]:
+def judge(runs: list[Run], pair: Weights, points: list, paper: str) -> list[str]:
     """A claim: the paper's difference, ours on twelve layers, the tasks for and against it, and the verdict."""
     chosen, tasks = select(runs, DEEP), TASKS[DEEP]
-    text, values = report.compare(chosen, tasks, pair, points)
-    told = {task: verdict(paper, report.compare(chosen, [task], pair, points)[1]) for task in tasks}
+    weights = {point: 1 / len(points) for point in points}
+    ours = compare(chosen, tasks, pair, weights)
+    told = {task: verdict(paper, compare(chosen, [task], pair, weights)) for task in tasks}
     outcomes = ("replicated", "compatible"), ("contradicted",)
     names = [", ".join(named(task) for task in tasks if told[task] in of) for of in outcomes]
-    return [paper, text, *names, verdict(paper, values)]
+    return [paper, cell(ours, len(tasks), "+"), *names, verdict(paper, ours)]
 
 
-def pair_table(chosen: Chosen, model: str, pair: tuple[str, str], tasks: list[str], papers: str, of="") -> str:
+def pair_table(chosen: Chosen, model: str, pair: Weights, tasks: list[str], papers: str, of="") -> str:
     """One method minus another, by exits and shares: the mean, its verdict, and each task that has runs."""
-    points = [*LAYERS[model], *QUARTERS]
-    head = [*(f"exit {n}" for n in LAYERS[model]), *QUARTERS]
-    rows = [row for row in report.differences(chosen, tasks, pair, points) if {*row[1:]} != {"not run"}]
+    points = [*LAYERS[model], *report.QUARTERS]
+    head = [*(f"exit {n}" for n in LAYERS[model]), *report.QUARTERS]
+    rows = [row for row in report.differences(chosen, tasks, pair, points) if any(row[1:])]
     head = [f"{name} ({paper})" for name, paper in zip(head, papers.split(), strict=True)]
-    pooled = [report.compare(chosen, tasks, pair, [point])[1] for point in points]
+    pooled = [compare(chosen, tasks, pair, {point: 1}) for point in points]
     rows.insert(1, ["verdict", *map(verdict, papers.split(), pooled)])
     return table("", [named(*pair) + of, *head], rows)
 
@@ -116,13 +115,13 @@ def other_claims(runs: list[Run]) -> list[list[str]]:
     rows, chosen = [], {model: select(runs, model) for model in TASKS}
     for pair, paper in ((PAIRS[0], "+1.1"), (PAIRS[2], "+2.3")):
         rows.append([f"{named(*pair)}, mean of all exits", *judge(runs, pair, LAYERS[DEEP], paper)])
-    rows.append(["SWEET − EE at 3/4, by the abstract", *judge(runs, PAIRS[0], QUARTERS[1:], "equal")])
+    rows.append(["SWEET − EE at 3/4, by the abstract", *judge(runs, PAIRS[0], report.QUARTERS[1:], "equal")])
     for share in ("1/6", "1/4", "1/2"):
         above, others = [], []
         for model, task in ((key, task) for key, tasks in TASKS.items() for task in tasks):
-            gains = [report.compare(chosen[model], [task], pair, [Fraction(share)])[1] for pair in PAIRS[:2]]
-            if all(map(len, gains)):
-                is_above = min(gain.mean() for gain in gains) > 0
+            gains = [compare(chosen[model], [task], pair, {Fraction(share): 1}) for pair in PAIRS[:2]]
+            if all(gain.tasks for gain in gains):
+                is_above = min(gain.mean for gain in gains) > 0
                 (above if is_above else others).append(f"{named(task)} ({LAYERS[model][-1]})")
         title, here = f"SWEET above EE and MM, at {share}", f"{len(above)} of {len(above + others)}"
         rows.append([title, "21 of 28 at fast speeds", here, ", ".join(above), ", ".join(others), "a count"])
@@ -141,7 +140,7 @@ def exits(runs: list[Run], model: str) -> list[list[str]]:
         first = {method: next(iter(chosen.get((task, method), {}).values()), None) for method in METHODS}
         if not (run := first["ee"]):
             continue
-        scores = [row_of(chosen, [task], method, LAYERS[model]) if first[method] else [] for method in METHODS]
+        scores = [report.row_of(chosen, [task], method, LAYERS[model]) if first[method] else [] for method in METHODS]
         by_exit = zip_longest(*([re.sub(r" ±[\d.]+", "", text) for text in of] for of in scores), fillvalue="–")
         searched = [{run.rate: f"{run.area:.1f}" for run in found[task, way] if run.seed == 0} for way in METHODS]
         areas = [", ".join(of[rate] for rate in rates if rate in of) or "–" for of in searched]
@@ -169,8 +168,8 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
     """The tables of the paper's page, and README's of it."""
     gradients: dict = defaultdict(dict)
     deep, small, lte = select(runs, DEEP), select(runs, SMALL), select(runs, SMALL, "lte")
-    tables = [pair_table(deep, DEEP, pair, TASKS[DEEP], papers) for pair, papers in PAPERS.items()]
-    others = [pair_table(small, SMALL, pair, TASKS[SMALL], papers) for pair, papers in PAPERS.items()]
+    tables = [pair_table(deep, DEEP, pair, TASKS[DEEP], papers) for pair, papers in zip(PAIRS, PAPERS, strict=True)]
+    others = [pair_table(small, SMALL, pair, TASKS[SMALL], papers) for pair, papers in zip(PAIRS, PAPERS, strict=True)]
     others.append(pair_table(lte, SMALL, PAIRS[0], TASKS[SMALL][:2], OF_LTE, ", learning-to-exit"))
     for row in sorted(read_rows(PAPER / "gradients.csv"), key=lambda row: row["pooling"] != "mean"):
         where = f"layer {row['layer']}: " + ("exit n, later ones" if row["layer"] == row["exit"] else "later ones")
@@ -179,10 +178,10 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
     places = list(next(iter(gradients.values()), ()))
     of_runs = [[name, *(", ".join(found[place]) for place in places)] for name, found in gradients.items()]
     read = [by_pooling(runs, model, method) for model in TASKS for method in ("ee", "sweet")]
-    readme, points = [], [*LAYERS[DEEP], *QUARTERS]
+    readme, points = [], [*LAYERS[DEEP], *report.QUARTERS]
     for pair, n in CLAIMS:
-        title = f"exit {points[n]}" if n < 4 else f"curve at {points[n]}"
-        readme.append([f"{named(*pair)}, {title}", *judge(runs, pair, [points[n]], PAPERS[pair].split()[n])])
+        title = f"{named(*PAIRS[pair])}, " + (f"exit {points[n]}" if n < 4 else f"curve at {points[n]}")
+        readme.append([title, *judge(runs, PAIRS[pair], [points[n]], PAPERS[pair].split()[n])])
     claim = ["claim", "paper", "here", "tasks for", "tasks against", "verdict"]
     further, head = other_claims(runs), ["layers: task (majority)", "rate", *PLACES, "area at each rate"]
     return {
@@ -195,6 +194,11 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
         "trainings": table("", ["trainings", "number", "hours", *map(named, METHODS)], trainings(runs)),
         "replicates": table("", claim, [*readme, further[0]]),
     }
+
+
+def cells(values: np.ndarray, sign: str = "") -> list[str]:
+    """The mean over draws, with its interval; none without draws."""
+    return [cell(report.estimate(values), sign=sign)] if len(values) else []
 
 
 def by_rows() -> dict[str, str]:
@@ -304,7 +308,7 @@ def main() -> None:
         page.write_text(text, encoding="utf-8")
     for model, name in ((DEEP, "curves-12.png"), (SMALL, "curves-6.png")):
         chosen = select(runs, model)
-        if tasks := [task for task in TASKS[model] if report.common_seeds(chosen, [task], METHODS)]:
+        if tasks := report.complete(chosen, TASKS[model], METHODS):
             report.draw_panels(PAPER / name, {named(task): (chosen, [task]) for task in tasks}, METHODS)
     draw_promises(CLASSIFIER / "promises.png")
 
