@@ -1,11 +1,8 @@
 """Turns runs into results.csv, and into the paper's tables and figures.
 
 The CSV has a row for each run and exit (the score of that exit alone, and in how many classes it answers), and for each
-run and share of the layers (the curve's score there, interpolated as in App. A). A point is an exit, by its
-layer, or a share of the layers.
-
-Tasks are strata: a mean over tasks averages their means, and its variance adds up theirs, since the seeds of one task
-have nothing in common with those of another.
+run and share of the layers (the curve's score there, interpolated as in App. A). Both are points of a table. Tasks are
+strata: the variances of their means add up, since the seeds of one task have nothing in common with those of another.
 """
 
 import csv
@@ -26,21 +23,18 @@ from minisweet.methods import METHODS
 from minisweet.run import EVALUATION, RECORD, VALIDATION
 
 SHARES = [Fraction(1, 24), *(Fraction(n, 12) for n in range(1, 13)), *(Fraction(n, 4) for n in (5, 6, 7))]
-# The paper's shares (App. A). For 24 layers the first is 1/24.
-SHOWN = [Fraction(share) for share in ("1/12", "1/4", "1/2", "3/4", "1")]
-QUARTERS = [SHOWN[1], SHOWN[3]]  # the shares of differences
+SHOWN = [Fraction(share) for share in ("1/12", "1/4", "1/2", "3/4", "1")]  # as in the paper (App. A)
+FAST = [Fraction(1, 6), Fraction(1, 4), Fraction(1, 2)]  # the shares of differences: where the paper calls it fast
 PAIRS = [{"sweet": 1, "ee": -1}, {"sweet": 1, "mm": -1}, {"mm": 1, "ee": -1}]
 NAMES = {"ee": "EE", "mm": "MM", "sweet": "SWEET", "sst2": "SST-2", "cola": "CoLA"}
 NAMES |= {task: task.upper() for task in ("mrpc", "rte", "mnli", "qqp", "qnli")}
-# The 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom, and for the normal distribution.
-STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
-STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
-STUDENT_T += [1.960]
-FREEDOM = np.array([*range(1, 31), np.inf])
+# The 97.5% quantiles of Student's t, by its degrees of freedom.
+STUDENT_T: dict[float, float] = {1: 12.706, 1.5: 6.017, 2: 4.303, 2.25: 3.876, 2.5: 3.575, 3: 3.182, 3.5: 2.940}
+STUDENT_T |= {4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 10: 2.228, 15: 2.131, 30: 2.042, np.inf: 1.960}
 CAPTION = """
 Scores are in percent: Matthews correlation for CoLA, accuracy elsewhere. ± is a 95% interval (Student's t) over at
 least three seeds; "over tasks", over the tasks' means. [n]: in n runs the exit predicts one class. Differences are
-paired by seed. *: the interval excludes 0. (n): only n tasks have runs, or at least three seeds like others.
+paired by seed. *: the interval excludes 0. (n): of n tasks, as others have no or too few runs.
 """
 
 
@@ -81,10 +75,10 @@ Weights = Mapping  # of methods, as in PAIRS, or of points
 
 
 class Estimate(NamedTuple):
-    """A mean over tasks."""
+    """A mean over tasks, and half of its 95% confidence interval (NaN if there are too few values)."""
 
     mean: float
-    half: float  # half of the 95% confidence interval; NaN if there are too few values
+    half: float
     tasks: int
 
 
@@ -174,16 +168,16 @@ def complete(chosen: Chosen, tasks: Sequence[str], methods: Iterable[str]) -> li
 def estimate(*samples: Sequence[float] | np.ndarray, tasks: int = 1) -> Estimate:
     """The sum of the means of independent samples, divided by the number of tasks.
 
-    The variances of the means add up, and Student's t has Welch and Satterthwaite's degrees of freedom. With fewer than
-    three values in a sample there is no interval: of two, its half would be nine deviations.
+    The variances of the means add up, and Student's t has Welch and Satterthwaite's degrees of freedom. If a sample has
+    fewer than three values there is no interval.
     """
     mean, sizes = sum(float(np.mean(sample)) for sample in samples) / tasks, np.array([*map(len, samples)])
     if sizes.min() < 3:
         return Estimate(mean, np.nan, tasks)
     errors = np.array([np.var(sample, ddof=1) for sample in samples]) / sizes / tasks**2
     freedom = errors.sum() ** 2 / (errors**2 / (sizes - 1)).sum() if errors.any() else np.inf
-    log_t = np.interp(-1 / freedom, -1 / FREEDOM, np.log(STUDENT_T))  # nearly linear in 1 / freedom
-    return Estimate(mean, np.exp(log_t) * np.sqrt(errors.sum()), tasks)
+    log_t = np.interp(-1 / freedom, [-1 / n for n in STUDENT_T], np.log([*STUDENT_T.values()]))  # nearly linear
+    return Estimate(mean, float(np.exp(log_t) * np.sqrt(errors.sum())), tasks)
 
 
 def samples_of(chosen: Chosen, task: str, methods: Weights, points: Weights) -> list[list[float]]:
@@ -204,10 +198,9 @@ def samples_of(chosen: Chosen, task: str, methods: Weights, points: Weights) -> 
 
 def compare(chosen: Chosen, tasks: Sequence[str], methods: Weights, points: Weights) -> Estimate:
     """A weighted sum over methods and points, in the mean over the tasks that have runs of all."""
-    if not (counting := complete(chosen, tasks, methods)):
-        return Estimate(np.nan, np.nan, 0)
+    counting = complete(chosen, tasks, methods)
     samples = [sample for task in counting for sample in samples_of(chosen, task, methods, points)]
-    return estimate(*samples, tasks=len(counting))
+    return estimate(*samples, tasks=len(counting)) if counting else Estimate(np.nan, np.nan, 0)
 
 
 def cell(found: Estimate, of: int = 1, sign: str = "") -> str:
@@ -220,28 +213,23 @@ def cell(found: Estimate, of: int = 1, sign: str = "") -> str:
 
 def row_of(chosen: Chosen, tasks: Sequence[str], method: str, points: Sequence) -> list[str]:
     """The cells of a method at some points; see CAPTION."""
-    runs, texts = [run for task in tasks for run in chosen.get((task, method), {}).values()], []
+    counting, texts = complete(chosen, tasks, [method]), []
+    runs = [run for task in counting for run in chosen[task, method].values()]
     for point in points:
-        constant = sum(run.exits[point][1] < 2 for run in runs if isinstance(point, int) and point in run.exits)
+        constant = isinstance(point, int) and sum(run.exits.get(point, (0, 2))[1] < 2 for run in runs)
         text = cell(compare(chosen, tasks, {method: 1}, {point: 1}), len(tasks))
         texts.append(text + f" [{constant}]" * (constant > 0))
     return texts
 
 
-def over_tasks(chosen: Chosen, tasks: Sequence[str], pair: Weights, points: Weights) -> Estimate:
-    """The mean over tasks, with the interval over the tasks' means: what other tasks may give."""
-    return estimate([compare(chosen, [task], pair, points).mean for task in complete(chosen, tasks, pair)])
-
-
 def differences(chosen: Chosen, tasks: Sequence[str], pair: Weights, points: Sequence) -> list[list[str]]:
     """One method minus another, by points: the mean over the tasks, with both intervals, and each task."""
-    rows = [
-        [name, *(cell(compare(chosen, its, pair, {point: 1}), len(its), "+") for point in points)]
-        for name, its in with_mean(tasks, "**mean**").items()
-    ]
-    if len(complete(chosen, tasks, pair)) > 2:
-        wide = [cell(over_tasks(chosen, tasks, pair, {point: 1}), sign="+") for point in points]
-        rows.insert(1, ["over tasks", *wide])
+    rows, counting = [], complete(chosen, tasks, pair)
+    for name, its in with_mean(tasks, "**mean**").items():
+        rows.append([name, *(cell(compare(chosen, its, pair, {point: 1}), len(its), "+") for point in points)])
+    if len(counting) > 2:
+        means = [[compare(chosen, [task], pair, {point: 1}).mean for task in counting] for point in points]
+        rows.insert(1, ["over tasks", *(cell(estimate(of_point), sign="+") for of_point in means)])
     return rows
 
 
@@ -256,9 +244,8 @@ def named(*of: str) -> str:
 
 
 def table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
-    """A table in Markdown, with a heading if it has a title. Short rows are filled with blank cells."""
-    filled = [[*row, *[""] * (len(head) - len(row))] for row in (head, *rows)]
-    first, *others = (f"| {' | '.join(map(str, row))} |\n" for row in filled)
+    """A table in Markdown, with a heading if it has a title."""
+    first, *others = (f"| {' | '.join(map(str, row))} |\n" for row in (head, *rows))
     heading = f"\n### {title}\n\n" if title else ""
     return f"{heading}{first}{'|---' * len(head)}|\n{''.join(others)}"
 
@@ -280,8 +267,8 @@ def tables(chosen: Chosen, tasks: Sequence[str], methods: Sequence[str]) -> str:
         rows = [[f"{name}, {named(way)}", *row_of(chosen, its, way, points)] for (name, its), way in ways]
         text += table(f"Scores by {where}", ["", *head], rows)
     for pair in [pair for pair in PAIRS if {*pair} <= {*methods}]:
-        head = ["", *(f"exit {n}" for n in layers), *QUARTERS]
-        text += table(named(*pair), head, differences(chosen, tasks, pair, [*layers, *QUARTERS]))
+        head = ["", *(f"exit {n}" for n in layers), *FAST]
+        text += table(named(*pair), head, differences(chosen, tasks, pair, [*layers, *FAST]))
     return text + CAPTION
 
 
