@@ -1,15 +1,16 @@
 """Studies: their commands as they stand on the pages, on tiny models and few rows; and the numbers of the pages."""
 
 import importlib
+import math
 import re
 import shlex
 import shutil
 import statistics
 import sys
-from itertools import product
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 
 from minisweet.classifier import fit
@@ -52,52 +53,192 @@ def test_the_pages_hold_what_the_csv_files_make(copies):
 def test_a_page_is_short_and_its_tables_are_narrow(page):
     lines = PAGES[page].splitlines()
     assert len(lines) <= MOST_LINES[page]
-    most = 7 if "paper" in page else 6
+    most = 8 if "paper" in page else 6
     assert max([line.count(" | ") + 1 for line in lines if line.startswith("|")], default=0) <= most
     assert "<br>" not in PAGES[page]
 
 
 @pytest.mark.parametrize("page", [page for page in MOST_LINES if page.endswith("results.md")])
 def test_a_number_of_a_page_stands_in_a_table(page):
-    prose = re.sub(tables.BLOCK.format(".*?") + r"|```.*?```|`.*?`|\]\(.*?\)", "", PAGES[page], flags=re.S)
+    prose = re.sub(r"```.*?```|`.*?`|\]\(.*?\)|^\|.*?$", "", PAGES[page], flags=re.S | re.M)
     numbers = re.findall(r"(?<![\w.])\d+\.\d+(?: ±\d+\.\d)?", prose)
-    text = "".join(BLOCKS.values())
+    text = "".join(line for of_page in PAGES.values() for line in of_page.splitlines() if line.startswith("|"))
     assert [number for number in numbers if not re.search(rf"(?<![\d.]){number}(?![\d.]*\d)", text)] == []
 
 
-def cell_of(rows: list[dict], tasks: list[str], first: str, second: str, column: str, place: str) -> str:
+def quantile(freedom: float) -> float:
+    """The 97.5% quantile of Student's t: where the integral of the density from 0 reaches 0.475."""
+    factor = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    step, place, total = 1e-4, 0.0, 0.0
+    while total < 0.475:
+        total += step * factor * (1 + (place + step / 2) ** 2 / freedom) ** (-(freedom + 1) / 2)
+        place += step
+    return place
+
+
+def interval(samples: list[list[float]], tasks: int) -> tuple[float, float]:
+    """A mean over tasks, and half of its interval, by another way."""
+    errors = [statistics.variance(sample) / len(sample) / tasks**2 for sample in samples]
+    freedom = sum(errors) ** 2 / sum(error**2 / (len(of) - 1) for error, of in zip(errors, samples, strict=True))
+    return sum(map(statistics.mean, samples)) / tasks, quantile(freedom) * sum(errors) ** 0.5
+
+
+def cell_of(
+    rows: list[dict], tasks: list[str], first: str, second: str, column: str, place: str, rate: str = ""
+) -> str:
     """A cell of twelve layers by another way: a plain loop over the rows of the CSV."""
-    by_seed = {}
-    for task, (method, sign) in product(tasks, ((first, 1), (second, -1))):
-        some = [row for row in rows if (row["task"], row["method"], row["strategy"]) == (task, method, "confidence")]
-        rate = max((row for row in some if row["seed"] == "0"), key=lambda row: float(row["area"]))["rate"]
-        some = [row for row in some if row["rate"] == rate]
-        bad = {row["seed"] for row in some if row["exit"] == "12" and float(row["score"]) <= float(row["constant"])}
-        spare = sorted({row["seed"] for row in some} - bad - {*"012"})
-        taken = {seed: spare.pop(0) if seed in bad and spare else seed for seed in "012"}
-        for seed, row in product("012", some):
-            if (row["seed"], row[column]) == (taken[seed], place):
-                by_seed.setdefault(seed, []).append(sign * float(row["score"]) / len(tasks))
-    values = [sum(some) for some in by_seed.values() if len(some) == 2 * len(tasks)]
-    half = 4.303 * statistics.stdev(values) / 3**0.5
-    return f"{statistics.mean(values):+.1f} ±{half:.1f}" + "*" * (abs(statistics.mean(values)) > half)
+    samples = []
+    for task in tasks:
+        scores: list[dict[str, float]] = []
+        for method, sign in ((first, 1), (second, -1)):
+            some = [
+                row for row in rows if (row["task"], row["method"], row["strategy"]) == (task, method, "confidence")
+            ]
+            seeds = {
+                rate: {row["seed"] for row in some if row["rate"] == rate} for rate in (row["rate"] for row in some)
+            }
+            known = [row for row in some if row["seed"] == "0" and len(seeds[row["rate"]]) > 2]
+            best = rate or max(known, key=lambda row: float(row["area"]))["rate"]
+            some = [row for row in some if row["rate"] == best]
+            bad = {row["seed"] for row in some if row["exit"] == "12" and float(row["score"]) <= float(row["constant"])}
+            some = [row for row in some if row["seed"] not in bad and row[column] == place]
+            scores.append({row["seed"]: sign * float(row["score"]) for row in some})
+        shared = scores[0].keys() & scores[1].keys()
+        pairs = [scores[0][seed] + scores[1][seed] for seed in shared]
+        samples += [pairs] if len(pairs) > 2 else [[*scores[0].values()], [*scores[1].values()]]
+    mean, half = interval(samples, len(tasks))
+    return f"{mean:+.1f} ±{half:.1f}" + "*" * (abs(mean) > half)
 
 
 def test_cells_of_the_tables_are_those_of_another_program():
     rows = read_rows(benchmark.PAPER / "results.csv")
     rows = [row for row in rows if (row["model"], row["pooling"]) == (tables.DEEP, "mean")]
-    lines = BLOCKS["twelve layers"].splitlines()
-    for task, pair, column, place, cell in (
-        ("SST-2", ("sweet", "ee"), "exit", "1", 1),
-        ("CoLA", ("sweet", "ee"), "exit", "12", 4),
-        ("CoLA", ("sweet", "mm"), "share", "1/4", 5),  # a seed of MM is replaced
-        ("SST-2", ("mm", "ee"), "share", "3/4", 6),
-        ("**mean**", ("sweet", "ee"), "share", "3/4", 6),
+    lines, four = BLOCKS["twelve layers"].splitlines(), tables.TASKS[tables.DEEP]
+    for name, tasks, pair, column, place, cell, rate in (
+        ("SST-2", ["sst2"], ("sweet", "ee"), "exit", "1", 1, ""),
+        ("both at 1e-4", four, ("sweet", "ee"), "exit", "4", 2, "1e-4"),
+        ("CoLA", ["cola"], ("sweet", "mm"), "share", "1/4", 6, ""),  # a seed of MM is replaced
+        ("**mean**", four, ("mm", "ee"), "exit", "4", 2, ""),
+        ("**mean**", four, ("sweet", "ee"), "share", "1/2", 7, ""),
     ):
         start = next(n for n, line in enumerate(lines) if line.startswith(f"| {report.named(*pair)} "))
-        line = next(line for line in lines[start:] if line.startswith(f"| {task} "))
-        tasks = sorted({row["task"] for row in rows}) if task == "**mean**" else [task.replace("-", "").lower()]
-        assert line.split(" | ")[cell].strip(" |").partition(" (")[0] == cell_of(rows, tasks, *pair, column, place)
+        line = next(line for line in lines[start:] if line.startswith(f"| {name} "))
+        assert line.split(" | ")[cell].strip(" |").partition(" (")[0] == cell_of(
+            rows, tasks, *pair, column, place, rate
+        )
+
+
+@pytest.fixture
+def made():
+    """Make a run up: a function of its task, method, rate and seed, with one score and area for all."""
+    first = next(run for run in report.read_runs(benchmark.PAPER / "results.csv") if run.pooling == "mean")
+
+    def made(task: str, method: str, rate: float, seed: int, score: float, model=tables.DEEP) -> report.Run:
+        exits, shares = dict.fromkeys(tables.LAYERS[model], (score, 2)), dict.fromkeys(report.SHARES, score)
+        key = {"model": model, "task": task, "method": method, "rate": rate, "seed": seed}
+        return first._replace(
+            strategy="confidence", train_size=6000, exits=exits, shares=shares, area=score, constant=50.0, **key
+        )
+
+    return made
+
+
+def test_the_interval_adds_up_the_variances_of_tasks(made):
+    """Also if tasks have unequal numbers of seeds, and if a run replaces another."""
+    draw, seeds = Random(0), {("cola", "ee"): (0, 1, 2), ("cola", "mm"): (0, 1, 3), ("rte", "ee"): range(5)}
+    seeds |= {("rte", "mm"): range(4), ("sst2", "ee"): (0, 1), ("sst2", "mm"): (0, 1)}
+    chosen = {key: {n: made(*key, 1e-4, n, draw.gauss(60, 5)) for n in some} for key, some in seeds.items()}
+    scores = {key: [run.score(1) for run in runs.values()] for key, runs in chosen.items()}
+    pairs = [mm - ee for mm, ee in zip(scores["rte", "mm"], scores["rte", "ee"], strict=False)]
+    samples = [scores["cola", "mm"], [-ee for ee in scores["cola", "ee"]], pairs]
+    found = report.compare(chosen, ["cola", "rte", "sst2"], report.PAIRS[2], {1: 1})
+    assert found.tasks == 2  # SST-2 has two seeds
+    assert found[:2] == pytest.approx(interval(samples, 2), rel=0.01)
+    assert np.isnan(report.compare(chosen, ["sst2"], report.PAIRS[2], {1: 1}).half)
+    means = [sum(map(statistics.mean, samples[:2])), statistics.mean(pairs), 0.0]
+    chosen |= {("mrpc", method): chosen["rte", "ee"] for method in ("ee", "mm")}  # no difference
+    _, wide, *_ = report.differences(chosen, ["cola", "rte", "mrpc"], report.PAIRS[2], [1])
+    mean, half = interval([means], 1)
+    assert wide == ["over tasks", f"{mean:+.1f} ±{half:.1f}"]
+
+
+def test_rates_and_seeds_follow_the_rows(made):
+    """A rate counts once all methods ran it, and wins once it has three seeds; a failed run gives its place away."""
+    runs = [made("cola", method, 1e-4, seed, 60.0) for method in tables.METHODS for seed in range(3)]
+
+    def tuned() -> dict[str, tuple[float, list[int]]]:
+        chosen = tables.select(runs, tables.DEEP)
+        return {way: (of[0].rate, [run.seed for run in of.values()]) for (_, way), of in chosen.items()}
+
+    before = dict.fromkeys(tables.METHODS, (1e-4, [0, 1, 2]))
+    runs += [made("cola", method, 2e-4, seed, 70.0) for method in ("ee", "sweet") for seed in range(3)]
+    assert tuned() == before  # MM has not run it
+    runs.append(made("cola", "mm", 2e-4, 0, 70.0))
+    assert tuned() == before | {"ee": (2e-4, [0, 1, 2]), "sweet": (2e-4, [0, 1, 2])}  # MM's has one seed
+    runs += [made("cola", "mm", 2e-4, seed, 50.0 if seed == 1 else 70.0) for seed in (1, 2)]
+    assert tuned()["mm"] == (2e-4, [0, 1, 2])  # none is there to replace seed 1
+    runs += [made("cola", method, 2e-4, seed, 70.0) for method in tables.METHODS for seed in (3, 4)]
+    assert tuned() == {"ee": (2e-4, [0, 1, 2, 3, 4]), "sweet": (2e-4, [0, 1, 2, 3, 4]), "mm": (2e-4, [0, 4, 2, 3])}
+    assert {run.rate for of in tables.select(runs, tables.DEEP, rate=1e-4).values() for run in of.values()} == {1e-4}
+
+
+def test_new_rows_enter_the_tables(made):
+    """Those at one rate for both methods, and of a task in no mean."""
+    runs = [
+        made(task, way, 1e-4, n, 60 + n)
+        for task in tables.TASKS[tables.DEEP]
+        for way in ("ee", "sweet")
+        for n in range(3)
+    ]
+    runs += [made("cola", "ee", 5e-5, seed, 70.0 + seed) for seed in range(3)]
+    runs.append(made("cola", "sweet", 5e-5, 0, 50.0))
+    rows = [line.split(" | ") for line in tables.pair_table(runs, tables.DEEP, 0).splitlines()]
+    assert [row[:2] for row in rows[2:6]] == [
+        ["| **mean**", "-2.5 ±0.0*"],
+        ["| over tasks", "-2.5 ±8.0"],
+        ["| verdict", "contradicted"],
+        ["| both at 1e-4", "+0.0 ±0.0"],
+    ]
+    assert [row[0] for row in rows[6:]] == ["| SST-2", "| MRPC", "| CoLA", "| RTE"]
+    runs += [made("qqp", way, 1e-4, seed, 50.0) for way in ("ee", "sweet") for seed in range(3)]
+    assert tables.pair_table(runs, tables.DEEP, 0).splitlines()[-1].startswith("| QQP, in no mean | +0.0 ±0.0 |")
+    runs = [run._replace(model=tables.SMALL, exits=dict.fromkeys((1, 2, 3, 6), (60.0, 2))) for run in runs]
+    runs += [made("sst2", way, rate, 0, 65.0, tables.SMALL) for way in ("ee", "sweet") for rate in (2e-5, 5e-5)]
+    assert (
+        "2e-5: 65.0 / – / 65.0, 5e-5: 65.0 / – / 65.0, 1e-4: 60.0 / – / 60.0" in tables.exits(runs, tables.SMALL)[0][-1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "paper", "expected"),
+    [
+        (-1.2, 0.5, (-1.3, 0.5), "replicated"),
+        (5.4, 1.3, (1.3, 1.0), "replicated, larger"),
+        (0.8, 0.2, (3.6, 1.0), "replicated, smaller"),
+        (-2.1, 1.2, (-1.3, 1.27), "replicated (borderline)"),
+        (1.2, 0.5, (-1.3, 0.5), "contradicted"),
+        (-2.8, 1.3, (-0.4, 1.4), "not resolved in the paper"),
+        (0.5, 1.2, (1.3, 0.5), "inconclusive"),
+        (0.4, 0.5, (0.2, 1.2), "compatible"),
+        (1.2, 0.5, (0.2, 1.2), "contradicted"),
+        (0.4, 0.7, (0.2, 1.2), "inconclusive"),
+        (2.0, 0.7, (2.3, math.nan), "replicated"),  # its interval is not known
+        (1.2, 0.5, "above", "replicated"),
+        (1.2, 0.5, "below", "contradicted"),
+        (0.5, 0.4, "equal", "compatible"),
+        (1.2, math.nan, "above", ""),
+    ],
+)
+def test_a_verdict_compares_our_interval_with_the_papers_difference(mean, half, paper, expected):
+    paper = paper if isinstance(paper, str) else report.Estimate(*paper, 7)
+    assert tables.verdict(report.Estimate(mean, half, 4), paper) == expected
+
+
+def test_the_papers_intervals_come_from_its_deviations():
+    found = [[report.cell(paper, sign="+") for paper in tables.of_paper(pair)[:4]] for pair in range(3)]
+    assert found[0] == ["+3.6 ±1.0*", "+1.3 ±1.0*", "-0.4 ±1.4", "-1.3 ±1.3*"]
+    assert found[1][2:] == ["-0.7 ±2.7", "-2.5 ±1.8*"]
+    assert found[2][2:] == ["+0.3 ±2.5", "+1.2 ±1.8"]
 
 
 def test_no_promise_is_broken_too_often():

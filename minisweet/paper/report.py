@@ -1,22 +1,19 @@
 """Turns runs into results.csv, and into the paper's tables and figures.
 
 The CSV has a row for each run and exit (the score of that exit alone, and in how many classes it answers), and for each
-run and share of the layers (the curve's score there, interpolated as in App. A). A mean over tasks is taken seed by
-seed, so that its deviation is the one over seeds, as in the paper.
-
-Dimension letters: S seeds, P points (exits, by their layers, or shares of the layers).
+run and share of the layers (the curve's score there, interpolated as in App. A). Both are points of a table. Tasks are
+strata: the variances of their means add up, since the seeds of one task have nothing in common with those of another.
 """
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from minisweet import plots
 from minisweet.base.files import read_json, written_beside
@@ -25,20 +22,18 @@ from minisweet.exits import METHODS
 from minisweet.run import EVALUATION, read_run
 
 SHARES = [Fraction(1, 24), *(Fraction(n, 12) for n in range(1, 13)), *(Fraction(n, 4) for n in (5, 6, 7))]
-# The paper's shares (App. A). For 24 layers the first is 1/24.
-SHOWN = [Fraction(share) for share in ("1/12", "1/4", "1/2", "3/4", "1")]
-QUARTERS = [SHOWN[1], SHOWN[3]]  # the shares of differences
-PAIRS = [("sweet", "ee"), ("sweet", "mm"), ("mm", "ee")]
+SHOWN = [Fraction(share) for share in ("1/12", "1/4", "1/2", "3/4", "1")]  # as in the paper (App. A)
+FAST = [Fraction(1, 6), Fraction(1, 4), Fraction(1, 2)]  # the shares of differences: where the paper calls it fast
+PAIRS = [{"sweet": 1, "ee": -1}, {"sweet": 1, "mm": -1}, {"mm": 1, "ee": -1}]
 NAMES = {"ee": "EE", "mm": "MM", "sweet": "SWEET", "sst2": "SST-2", "cola": "CoLA"}
 NAMES |= {task: task.upper() for task in ("mrpc", "rte", "mnli", "qqp", "qnli")}
-# The 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.
-STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
-STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
+# The 97.5% quantiles of Student's t, by its degrees of freedom.
+STUDENT_T: dict[float, float] = {1: 12.706, 1.5: 6.017, 2: 4.303, 2.25: 3.876, 2.5: 3.575, 3: 3.182, 3.5: 2.940}
+STUDENT_T |= {4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 10: 2.228, 15: 2.131, 30: 2.042, np.inf: 1.960}
 CAPTION = """
-Scores are in percent: Matthews correlation for CoLA, accuracy elsewhere. ± is a 95% interval over at least three seeds
-(Student's t); for single exits, the standard deviation. [n]: in n runs the exit predicts one class.
-Differences, at each exit and at shares of the layers, are paired over seeds. *: the interval excludes 0. "chance":
-neither method beats the majority class; means leave out such tasks, and (n) is the number left.
+Scores are in percent: Matthews correlation for CoLA, accuracy elsewhere. ± is a 95% interval (Student's t) over at
+least three seeds; "over tasks", over the tasks' means. [n]: in n runs the exit predicts one class. Differences are
+paired by seed. *: the interval excludes 0. (n): of n tasks, as others have no or too few runs.
 """
 
 
@@ -75,6 +70,15 @@ class Run(NamedTuple):
 KEY = "model task method strategy train_size rate seed pooling".split()  # what tells a commit's runs apart
 LAST = "area constant precision seconds commit".split()  # what follows the scores in the file
 Chosen = dict[tuple[str, str], dict[int, Run]]  # the runs that are shown, by task and method, and by seed
+Weights = Mapping  # of methods, as in PAIRS, or of points
+
+
+class Estimate(NamedTuple):
+    """A mean over tasks, and half of its 95% confidence interval (NaN if there are too few values)."""
+
+    mean: float
+    half: float
+    tasks: int
 
 
 def run_of(folder: Path, commit: str = "") -> Run:
@@ -148,87 +152,78 @@ def best_rate(runs: Sequence[Run], seed: int) -> float | None:
     return max(areas, key=areas.__getitem__, default=None)
 
 
-def common_seeds(chosen: Chosen, tasks: Sequence[str], of: Sequence[str]) -> list[int]:
-    """The seeds common to all these methods and tasks."""
-    return sorted(set.intersection(*(set(chosen.get((task, method), {})) for method in of for task in tasks)))
+def complete(chosen: Chosen, tasks: Sequence[str], methods: Iterable[str]) -> list[str]:
+    """The tasks that all these methods ran on. One with fewer than three seeds does not count beside others."""
+    seeds = {task: min(len(chosen.get((task, method), {})) for method in methods) for task in tasks}
+    return [task for task in tasks if seeds[task] >= max(1, min(3, max(seeds.values())))]
 
 
-def seed_means(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: Sequence) -> np.ndarray:
-    """A method's scores (S, P), averaged over the tasks, for seeds that ran on all; for two methods, the difference."""
-    runs = [[chosen.get((task, method), {}) for task in tasks] for method in of]
-    seeds = common_seeds(chosen, tasks, of)
-    shape = len(of), len(tasks), len(seeds), len(points)
-    scores = [by_seed[seed].score(point) for some in runs for by_seed in some for seed in seeds for point in points]
-    return np.subtract.reduce(np.reshape(scores, shape).mean(1))
+def estimate(*samples: Sequence[float] | np.ndarray, tasks: int = 1) -> Estimate:
+    """The sum of the means of independent samples, divided by the number of tasks.
 
-
-def mean_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, sample deviation and half of the 95% confidence interval (Student's t): (S, ...) to (...) each.
-
-    They are NaN where one of the S values is. Two values have no interval (its half would be nine deviations), one has
-    no deviation either, and with none all three are empty.
+    The variances of the means add up, and Student's t has Welch and Satterthwaite's degrees of freedom. If a sample has
+    fewer than three values there is no interval.
     """
-    if (S := len(values)) == 0:
-        return (np.array([]),) * 3
-    unknown = np.full(values.shape[1:], np.nan)
-    deviation = values.std(0, ddof=1) if S > 1 else unknown
-    return values.mean(0), deviation, deviation * STUDENT_T[min(S, 31) - 2] / np.sqrt(S) if S > 2 else unknown
+    mean, sizes = sum(float(np.mean(sample)) for sample in samples) / tasks, np.array([*map(len, samples)])
+    if sizes.min() < 3:
+        return Estimate(mean, np.nan, tasks)
+    errors = np.array([np.var(sample, ddof=1) for sample in samples]) / sizes / tasks**2
+    freedom = errors.sum() ** 2 / (errors**2 / (sizes - 1)).sum() if errors.any() else np.inf
+    log_t = np.interp(-1 / freedom, [-1 / n for n in STUDENT_T], np.log([*STUDENT_T.values()]))  # nearly linear
+    return Estimate(mean, float(np.exp(log_t) * np.sqrt(errors.sum())), tasks)
 
 
-def cells(values: ArrayLike, deviation: bool = False, sign: str = "") -> list[str]:
-    """Write the means of values (S, P) or (S,), each with its 95% interval or deviation. What has no mean is blank.
+def samples_of(chosen: Chosen, task: str, methods: Weights, points: Weights) -> list[list[float]]:
+    """A task's independent samples. The sum of their means is the weighted sum over methods and points.
 
-    With a sign they are differences, with a star where the interval excludes 0.
+    Runs with the same seed saw the same rows, so they are combined seed by seed. If that leaves fewer than three seeds,
+    because others replaced those that failed, each method is a sample of its own.
     """
-    texts = []
-    mean, std, half = (np.atleast_1d(values).round(4) for values in mean_and_spread(np.array(values)))
-    for value, spread in zip(mean, std if deviation else half, strict=True):
-        text = f"{value:{sign}.1f}" + ("" if np.isnan(spread) else f" ±{spread:.1f}")
-        text += "*" if sign and abs(value) > spread else ""
-        texts.append("" if np.isnan(value) else text)
-    return texts
+    values = []
+    for method, sign in methods.items():
+        runs = chosen[task, method].values()
+        values.append({run.seed: sign * sum(n * run.score(point) for point, n in points.items()) for run in runs})
+    shared = set.intersection(*map(set, values))
+    if len(shared) < min(3, *map(len, values)):
+        return [list(of_method.values()) for of_method in values]
+    return [[sum(of_method[seed] for of_method in values) for seed in shared]]
+
+
+def compare(chosen: Chosen, tasks: Sequence[str], methods: Weights, points: Weights) -> Estimate:
+    """A weighted sum over methods and points, in the mean over the tasks that have runs of all."""
+    counting = complete(chosen, tasks, methods)
+    samples = [sample for task in counting for sample in samples_of(chosen, task, methods, points)]
+    return estimate(*samples, tasks=len(counting)) if counting else Estimate(np.nan, np.nan, 0)
+
+
+def cell(found: Estimate, of: int = 1, sign: str = "") -> str:
+    """Write a mean over so many tasks, with its interval; see CAPTION. A difference has a sign."""
+    mean, half = round(found.mean, 4), round(found.half, 4)
+    text = f"{mean:{sign}.1f}" + ("" if np.isnan(half) else f" ±{half:.1f}")
+    text += "*" * bool(sign and abs(mean) > half) + f" ({found.tasks})" * (found.tasks < of)
+    return "" if np.isnan(mean) else text
 
 
 def row_of(chosen: Chosen, tasks: Sequence[str], method: str, points: Sequence) -> list[str]:
     """The cells of a method at some points; see CAPTION."""
-    are_exits = all(isinstance(n, int) for n in points)
-    texts = cells(seed_means(chosen, tasks, (method,), points), deviation=are_exits)
-    runs = [chosen[task, method][seed] for task in tasks for seed in common_seeds(chosen, tasks, (method,))]
-    for place, n in enumerate(points[: len(texts)] if are_exits else ()):
-        constant = sum(run.exits.get(n, (0, 2))[1] < 2 for run in runs)
-        texts[place] += f" [{constant}]" * (constant > 0)
+    counting, texts = complete(chosen, tasks, [method]), []
+    runs = [run for task in counting for run in chosen[task, method].values()]
+    for point in points:
+        constant = isinstance(point, int) and sum(run.exits.get(point, (0, 2))[1] < 2 for run in runs)
+        text = cell(compare(chosen, tasks, {method: 1}, {point: 1}), len(tasks))
+        texts.append(text + f" [{constant}]" * (constant > 0))
     return texts
 
 
-def learned(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: Sequence) -> list[str]:
-    """The tasks on which any of these methods beats the majority class, on average over seeds and points."""
-
-    def beats(task: str, method: str) -> bool:
-        constant = next(iter(chosen[task, method].values())).constant
-        return not seed_means(chosen, [task], (method,), points).mean().round(4) <= round(constant, 4)
-
-    return [task for task in tasks if any(beats(task, method) for method in of)]
-
-
-def compare(chosen: Chosen, tasks: Sequence[str], pair: tuple[str, str], points: Sequence) -> tuple[str, np.ndarray]:
-    """One method minus another: a cell (see CAPTION), and its value for each seed (S,).
-
-    The mean over the points and over the tasks on which one of them has learned something. A task with fewer than three
-    seeds does not count beside others that have them.
-    """
-    seeds = {task: len(common_seeds(chosen, [task], pair)) for task in tasks}
-    run = [task for task in tasks if seeds[task] >= max(1, min(3, max(seeds.values())))]
-    if not (counting := learned(chosen, run, pair, points)):
-        return "chance" if run else "not run", np.array([])
-    values = seed_means(chosen, counting, pair, points).mean(1)
-    text = cells(values, sign="+")[0]
-    return text + f" ({len(counting)})" * (text != "" and len(counting) < len(tasks)), values
-
-
-def differences(chosen: Chosen, tasks: Sequence[str], pair: tuple[str, str], points: Sequence) -> list[list[str]]:
-    """One method minus another, by points: the rows of a table, the mean over the tasks and each task."""
-    groups = with_mean(tasks, "**mean**").items()
-    return [[name, *(compare(chosen, its, pair, [point])[0] for point in points)] for name, its in groups]
+def differences(chosen: Chosen, tasks: Sequence[str], pair: Weights, points: Sequence) -> list[list[str]]:
+    """One method minus another, by points: the mean over the tasks, with both intervals, and each task."""
+    rows, counting = [], complete(chosen, tasks, pair)
+    for name, its in with_mean(tasks, "**mean**").items():
+        rows.append([name, *(cell(compare(chosen, its, pair, {point: 1}), len(its), "+") for point in points)])
+    if len(counting) > 2:
+        means = [[compare(chosen, [task], pair, {point: 1}).mean for task in counting] for point in points]
+        rows.insert(1, ["over tasks", *(cell(estimate(of_point), sign="+") for of_point in means)])
+    return rows
 
 
 def with_mean(tasks: Sequence[str], title: str) -> dict[str, Sequence[str]]:
@@ -242,9 +237,8 @@ def named(*of: str) -> str:
 
 
 def table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
-    """A table in Markdown, with a heading if it has a title. Short rows are filled with blank cells."""
-    filled = [[*row, *[""] * (len(head) - len(row))] for row in (head, *rows)]
-    first, *others = (f"| {' | '.join(map(str, row))} |\n" for row in filled)
+    """A table in Markdown, with a heading if it has a title."""
+    first, *others = (f"| {' | '.join(map(str, row))} |\n" for row in (head, *rows))
     heading = f"\n### {title}\n\n" if title else ""
     return f"{heading}{first}{'|---' * len(head)}|\n{''.join(others)}"
 
@@ -257,7 +251,7 @@ def tables(chosen: Chosen, tasks: Sequence[str], methods: Sequence[str]) -> str:
     rows = []
     for task in tasks:
         found = [[(rate_text(run.rate), run.area) for run in chosen[task, method].values()] for method in methods]
-        areas = [f"{runs[0][0]}: {cells([area for _, area in runs])[0]}" if runs else "" for runs in found]
+        areas = [f"{runs[0][0]}: {cell(estimate([area for _, area in runs]))}" if runs else "" for runs in found]
         rows.append([named(task), *areas])
     text = table("The rate of each method, and the area under its curve", ["task", *map(named, methods)], rows)
     for where, points in (("exit", layers), ("share of the layers", shares)):
@@ -266,8 +260,8 @@ def tables(chosen: Chosen, tasks: Sequence[str], methods: Sequence[str]) -> str:
         rows = [[f"{name}, {named(way)}", *row_of(chosen, its, way, points)] for (name, its), way in ways]
         text += table(f"Scores by {where}", ["", *head], rows)
     for pair in [pair for pair in PAIRS if {*pair} <= {*methods}]:
-        head = ["", *(f"exit {n}" for n in layers), *QUARTERS]
-        text += table(named(*pair), head, differences(chosen, tasks, pair, [*layers, *QUARTERS]))
+        head = ["", *(f"exit {n}" for n in layers), *FAST]
+        text += table(named(*pair), head, differences(chosen, tasks, pair, [*layers, *FAST]))
     return text + CAPTION
 
 
@@ -280,8 +274,9 @@ def draw_panels(path: Path, panels: dict[str, tuple[Chosen, Sequence[str]]], met
     for place, (title, (chosen, tasks)) in enumerate(panels.items(), start=1):
         axis = figure.add_subplot(rows, columns, place)
         for method in methods:
-            if len(values := seed_means(chosen, tasks, (method,), SHARES)):
-                mean, _, half = mean_and_spread(values)
+            if complete(chosen, tasks, [method]):
+                values = [compare(chosen, tasks, {method: 1}, {share: 1}) for share in SHARES]
+                mean, half, _ = np.array(values).T
                 colour = plots.draw_line(axis, method, ratios, mean, METHODS[method], marker="")
                 axis.fill_between(ratios, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
         plots.label_axes(axis, title, "score, in percent")

@@ -7,14 +7,13 @@ python -m tests.benchmark.tables --add RUN... --commit HASH    # rows of runs of
 import re
 from collections import defaultdict
 from fractions import Fraction
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from minisweet.base.commands import Parser, run_command
 from minisweet.paper import report
-from minisweet.paper.report import PAIRS, QUARTERS, Chosen, Run, cells, named, rate_text, row_of, table
+from minisweet.paper.report import FAST, PAIRS, Chosen, Estimate, Run, Weights, cell, compare, named, rate_text, table
 from minisweet.plots import COLOURS, label_axes, new_figure, save_figure
 from tests.benchmark import CHECKOUT, CLASSIFIER, PAPER, read_rows
 from tests.benchmark.linear import RIVALS
@@ -22,16 +21,24 @@ from tests.benchmark.linear import RIVALS
 PAGES = [PAPER / "results.md", CLASSIFIER / "results.md", CHECKOUT / "README.md"]
 BLOCK = r"(<!-- {} -->\n)(.*?)(<!-- end -->)"
 DEEP, SMALL = "mpnet-base", "minilm-l6"
-TASKS = {DEEP: ["sst2", "mrpc", "cola", "rte"], SMALL: ["sst2", "mrpc", "qqp"]}
+TASKS = {DEEP: ["sst2", "mrpc", "cola", "rte"], SMALL: ["sst2", "mrpc", "qqp"]}  # of the means
+BESIDE = {DEEP: ["qqp"], SMALL: []}  # in no mean: MPNet was trained on Quora's pairs
 LAYERS, PLACES = {DEEP: [1, 4, 6, 12], SMALL: [1, 2, 3, 6]}, ("first exit", "second", "third", "last")
-METHODS, SEEDS = ["ee", "mm", "sweet"], range(3)
-RATES = {(DEEP, "confidence"): {5e-5, 1e-4}, (SMALL, "confidence"): {1e-4, 2e-4, 4e-4}, (SMALL, "lte"): {1e-4, 2e-4}}
-# BERT-base in the paper: differences at exits 1, 4, 6 and 12 (Tables 1, 4), and which curve is above at 1/4 and 3/4
-# of the layers (Figs. 5, 7). Exits 1, 2, 3 and 6 of six are the same, but for the first: 1/6 of the layers, not 1/12.
-PAPERS = {PAIRS[0]: "+3.6 +1.3 -0.4 -1.3 above below", PAIRS[1]: "0.0 +0.2 -0.7 -2.5 above above"}
-PAPERS |= {PAIRS[2]: "+3.6 +1.1 +0.3 +1.2 equal below"}  # Fig. 4: the curves cross at 1/4
-OF_LTE, SIGNS = "+4.0 +1.9 -1.5 -1.2 above equal", {"above": 1, "below": -1, "equal": 0}
-CLAIMS = [(PAIRS[0], 0), (PAIRS[0], 1), (PAIRS[0], 3), (PAIRS[0], 4), (PAIRS[1], 0), (PAIRS[2], 0)]  # README's
+METHODS = ["ee", "mm", "sweet"]
+# BERT-base in the paper: scores at exits 1, 4, 6 and 12, with their deviations over three seeds (Tables 1 and 4). Exits
+# 1, 2, 3 and 6 of six layers are the same shares of the layers, but for the first: 1/6, not 1/12.
+SCORES = {
+    ("confidence", "mm"): [(60.9, 0.6), (71.4, 0.1), (74.7, 1.2), (79.9, 0.9)],
+    ("confidence", "ee"): [(57.3, 0.3), (70.3, 0.3), (74.4, 0.7), (78.7, 0.5)],
+    ("confidence", "sweet"): [(60.9, 0.5), (71.6, 0.5), (74.0, 0.4), (77.4, 0.6)],
+    ("lte", "ee"): [(49.5, 1.1), (63.0, 0.2), (70.0, 0.6), (75.3, 0.4)],
+    ("lte", "sweet"): [(53.5, 0.4), (64.9, 0.9), (68.5, 1.4), (74.1, 0.4)],
+}
+# Which of its curves is above, for each of PAIRS, at 1/6, 1/4 and 1/2 of the layers (Figs. 4, 5 and 7, and their text).
+# SWEET's exits 1 and 4 score like MM's, and exit 4 costs MM five layers.
+CURVES = [["above", "above", "above"], ["above", "above", "above"], ["above", "equal", "below"]]
+SIGNS = {"above": 1, "below": -1, "equal": 0}
+CLAIMS = [(0, 0), (0, 1), (0, 3), (0, 5), (1, 0), (2, 0)]  # README's: pairs and points
 # Of the classifier's page: lists of texts.
 LISTS = {"list": "Debian-20", "own": "Debian-12", "sst2": "SST-2"}
 # README's rows of own text: a side of speed.csv, by precision and name, and its title.
@@ -51,150 +58,204 @@ def of_pairs(runs: list[Run], model: str, strategy="confidence", pooling="mean")
     return found
 
 
-def select(runs: list[Run], model: str, strategy="confidence") -> Chosen:
-    """The runs that are compared: each task's and method's at the tuned rate, once seed 0 has run at all rates."""
-    chosen = {}
-    for pair, some in of_pairs(runs, model, strategy).items():
-        if {run.rate for run in some if run.seed == 0} >= RATES[model, strategy]:
-            best = report.best_rate(some, 0)
-            chosen[pair] = report.counted([run for run in some if run.rate == best], SEEDS)
+def select(runs: list[Run], model: str, strategy="confidence", pooling="mean", rate: float | None = None) -> Chosen:
+    """The runs that are compared: each task's and method's at the tuned rate, or all at one rate.
+
+    A rate counts for a task once all its methods ran it on seed 0, and wins once it has three seeds, as others have.
+    """
+    found, chosen = of_pairs(runs, model, strategy, pooling), {}
+    for task, method in found:
+        searched = [{run.rate for run in found.get((task, way), ()) if run.seed == 0} for way in METHODS]
+        by_rate = {}
+        for n in [rate] if rate else set.intersection(*filter(None, searched)):
+            seeds = {run.seed: run for run in found[task, method] if run.rate == n}  # the last commit's
+            if 0 in seeds:
+                by_rate[min(3, len(seeds)), seeds[0].area] = list(seeds.values())
+        if by_rate:
+            best = by_rate[max(by_rate)]
+            chosen[task, method] = report.counted(best, range(max(3, sum(run.converged for run in best))))
     return chosen
 
 
-def verdict(paper: str, values: np.ndarray) -> str:
-    """Compare the 95% interval of differences (S,) with the paper's: a number, or a word for what a figure shows."""
-    number = float(SIGNS.get(paper, paper))
-    sign = np.sign(number) * (abs(number) >= 0.25)  # below a quarter point: no difference
-    mean, _, half = report.mean_and_spread(values)
-    if len(values) < 3 or np.isnan(half):
+def of_paper(pair: int, strategy: str = "confidence") -> list[Estimate | str]:
+    """The paper's differences of a pair, with their intervals, by exit; and which curve is above, by share."""
+    found: list[Estimate | str] = []
+    for scores in zip(*(SCORES[strategy, method] for method in PAIRS[pair]), strict=True):
+        first, second = ([mean - std, mean, mean + std] for mean, std in scores)  # have this mean and deviation
+        found.append(report.estimate(first, [-score for score in second]))
+    return [*found, *CURVES[pair]]
+
+
+def told(paper: Estimate | str) -> str:
+    """What the paper has, as text."""
+    return paper if isinstance(paper, str) else cell(paper, sign="+")
+
+
+def verdict(ours: Estimate, paper: Estimate | str) -> str:
+    """Compare our interval with the paper's difference, or with which of its curves is above."""
+    is_curve = isinstance(paper, str)
+    number, half = (SIGNS[paper], np.nan) if is_curve else (round(paper.mean, 1), paper.half)
+    excludes_0 = abs(ours.mean) > ours.half
+    if np.isnan(ours.half):
         return ""
-    if not sign and abs(mean) + half <= 1:
-        return "compatible"
-    if abs(mean) <= half:
-        return "inconclusive"
-    return "replicated" if sign * mean > 0 else "contradicted"
+    if abs(number) < 0.25:  # no difference
+        is_small = abs(ours.mean) + ours.half <= 1
+        return "compatible" if is_small else "contradicted" if excludes_0 else "inconclusive"
+    if abs(number) < half - 0.1:
+        return "not resolved in the paper"
+    if not excludes_0:
+        text = "inconclusive"
+    elif number * ours.mean < 0:
+        text = "contradicted"
+    elif is_curve or abs(number - ours.mean) <= ours.half:
+        text = "replicated"
+    else:
+        text = "replicated, larger" if abs(ours.mean) > abs(number) else "replicated, smaller"
+    return text + " (borderline)" * (abs(abs(number) - half) <= 0.1)
 
 
-def judge(runs: list[Run], pair: tuple[str, str], points: list, paper: str) -> list[str]:
-    """A claim: the paper's difference, ours on twelve layers, the tasks for and against it, and the verdict."""
-    chosen, tasks = select(runs, DEEP), TASKS[DEEP]
-    text, values = report.compare(chosen, tasks, pair, points)
-    told = {task: verdict(paper, report.compare(chosen, [task], pair, points)[1]) for task in tasks}
-    outcomes = ("replicated", "compatible"), ("contradicted",)
-    names = [", ".join(named(task) for task in tasks if told[task] in of) for of in outcomes]
-    return [paper, text, *names, verdict(paper, values)]
+def judge(title: str, chosen: Chosen, tasks: list[str], pair: Weights, points: Weights, paper) -> list[str]:
+    """A claim: its title, the paper's difference, ours, the tasks for it (and against it), and the verdict."""
+    ours = compare(chosen, tasks, pair, points)
+    alone = {named(task): verdict(compare(chosen, [task], pair, points), paper) for task in tasks}
+    names = ", ".join(name for name, text in alone.items() if text.startswith(("replicated", "compatible")))
+    if against := [name for name, text in alone.items() if text.startswith("contradicted")]:
+        names += f" (against: {', '.join(against)})"
+    return [title, told(paper), cell(ours, len(tasks), "+"), names.strip(), verdict(ours, paper)]
 
 
-def pair_table(chosen: Chosen, model: str, pair: tuple[str, str], tasks: list[str], papers: str, of="") -> str:
-    """One method minus another, by exits and shares: the mean, its verdict, and each task that has runs."""
-    points = [*LAYERS[model], *QUARTERS]
-    head = [*(f"exit {n}" for n in LAYERS[model]), *QUARTERS]
-    rows = [row for row in report.differences(chosen, tasks, pair, points) if {*row[1:]} != {"not run"}]
-    head = [f"{name} ({paper})" for name, paper in zip(head, papers.split(), strict=True)]
-    pooled = [report.compare(chosen, tasks, pair, [point])[1] for point in points]
-    rows.insert(1, ["verdict", *map(verdict, papers.split(), pooled)])
-    return table("", [named(*pair) + of, *head], rows)
+def near_chance(chosen: Chosen, task: str, pair: Weights, point: int | Fraction) -> bool:
+    """Whether neither method's interval lies above what the majority class scores."""
+    constant = next(run.constant for method in pair for run in chosen[task, method].values())
+    found = [compare(chosen, [task], {method: 1}, {point: 1}) for method in pair]
+    return all(round(of.mean - of.half, 4) <= round(constant, 4) for of in found)
 
 
-def trainings(runs: list[Run]) -> list[list]:
-    """The runs whose time is known: their number, hours, and how many of each method's did not converge."""
-    found, rows = defaultdict(list), []
-    for run in runs:
-        what = "above 5e-5" if run.rate > 5e-5 else "up to 5e-5"
-        what = "learning-to-exit" if run.strategy == "lte" else "[CLS]" if run.pooling == "cls" else what
-        if not np.isnan(run.seconds):
-            found[f"{'twelve' if run.model == DEEP else 'six'} layers, {what}"].append(run)
-    for name, some in sorted(found.items(), reverse=True):
-        of_methods = [[run.converged for run in some if run.method == method] for method in METHODS]
-        failed = [f"{of.count(False)} of {len(of)}" if of else "" for of in of_methods]
-        rows.append([name, len(some), f"{sum(run.seconds for run in some) / 3600:.1f}", *failed])
-    return rows
+def pair_table(runs: list[Run], model: str, pair: int, strategy: str = "confidence") -> str:
+    """One method minus another, by exits and shares: the mean and its verdict; on twelve layers, each task, too."""
+    chosen, papers, points = select(runs, model, strategy), of_paper(pair, strategy), [*LAYERS[model], *FAST]
+    weights = PAIRS[pair]
+    tasks, beside = (report.complete(chosen, of[model], weights) for of in (TASKS, BESIDE))
+    rows = report.differences(chosen, tasks, weights, points)
+    of_means, of_tasks = rows[: -len(tasks)], rows[-len(tasks) :]
+    of_means.append(["verdict"])
+    for point, paper in zip(points, papers, strict=True):
+        of_means[-1].append(verdict(compare(chosen, tasks, weights, {point: 1}), paper))
+    at_one_rate = select(runs, model, strategy, rate=1e-4)
+    if pair == 0 and model == DEEP and report.complete(at_one_rate, tasks, weights) == tasks:
+        of_means.append(["both at 1e-4", *report.differences(at_one_rate, tasks, weights, points)[0][1:]])
+    for task, row in zip(tasks, of_tasks, strict=True):
+        for place, point in enumerate(points, start=1):
+            row[place] += " (near chance)" * near_chance(chosen, task, weights, point)
+    of_tasks += [
+        [f"{name}, in no mean", *texts] for name, *texts in report.differences(chosen, beside, weights, points)
+    ]
+    places = [f"exit {point}" if isinstance(point, int) else point for point in points]
+    head = [f"{place} ({told(paper)})" for place, paper in zip(places, papers, strict=True)]
+    title = named(*weights) + ", learning-to-exit" * (strategy == "lte")
+    return table("", [title, *head], of_means + of_tasks * (model == DEEP))
 
 
 def other_claims(runs: list[Run]) -> list[list[str]]:
     """The claims that are not of one exit or one share: the rows of a table."""
-    rows, chosen = [], {model: select(runs, model) for model in TASKS}
-    for pair, paper in ((PAIRS[0], "+1.1"), (PAIRS[2], "+2.3")):
-        rows.append([f"{named(*pair)}, mean of all exits", *judge(runs, pair, LAYERS[DEEP], paper)])
-    rows.append(["SWEET − EE at 3/4, by the abstract", *judge(runs, PAIRS[0], QUARTERS[1:], "equal")])
-    for share in ("1/6", "1/4", "1/2"):
-        above, others = [], []
-        for model, task in ((key, task) for key, tasks in TASKS.items() for task in tasks):
-            gains = [report.compare(chosen[model], [task], pair, [Fraction(share)])[1] for pair in PAIRS[:2]]
-            if all(map(len, gains)):
-                is_above = min(gain.mean() for gain in gains) > 0
-                (above if is_above else others).append(f"{named(task)} ({LAYERS[model][-1]})")
-        title, here = f"SWEET above EE and MM, at {share}", f"{len(above)} of {len(above + others)}"
-        rows.append([title, "21 of 28 at fast speeds", here, ", ".join(above), ", ".join(others), "a count"])
-    converged = {method: [run.converged for run in runs if run.method == method] for method in METHODS}
-    here = ", ".join(f"{named(method)} {of.count(False)} of {len(of)}" for method, of in converged.items())
-    rows.append(["runs that do not converge", "some of EE and MM, none of SWEET", here, "", "", "a count"])
-    rows.append(["gradients of EE's exits", "orthogonal", "[see below](#gradients)", "", "", "a measure"])
+    chosen, rows = {model: select(runs, model) for model in TASKS}, []
+    sweet_ee, _, mm_ee = PAIRS
+
+    def claim(title: str, pair: Weights, points: Weights, number: float, model: str = DEEP) -> None:
+        paper = Estimate(number, np.nan, 7)  # which has no deviation
+        rows.append(judge(title, chosen[model], TASKS[model], pair, points, paper))
+
+    claim("SWEET − EE, mean of all exits", sweet_ee, dict.fromkeys(LAYERS[DEEP], 1 / 4), 1.1)
+    claim("MM − EE, mean of all exits", mm_ee, dict.fromkeys(LAYERS[DEEP], 1 / 4), 2.3)
+    for model, (first, *later) in LAYERS.items():
+        gap, layers = {first: 1} | dict.fromkeys(later, -1 / 3), f"{later[-1]} layers"
+        claim(f"MM − EE, exit 1 minus later exits, {layers}", mm_ee, gap, 2.7, model)
+        claim(f"SWEET − EE, last two exits, {layers}", sweet_ee, dict.fromkeys(later[-2:], 1 / 2), -0.9, model)
+    claim("mean of SWEET's and MM's exit 1, − EE's", {"sweet": 0.5, "mm": 0.5, "ee": -1}, {1: 1}, 3.6)
+    gains = [compare(chosen[DEEP], TASKS[DEEP], pair, {1: 1}).mean for pair in (sweet_ee, mm_ee)]
+    rows.append(["gap of MM − EE that SWEET closes, exit 1", "100%", f"{gains[0] / gains[1]:.0%}", "", "a ratio"])
+    for pair, weights in enumerate(PAIRS):
+        clear = [task for task in TASKS[DEEP] if not near_chance(chosen[DEEP], task, weights, 1)]
+        if clear != TASKS[DEEP]:
+            title = f"{named(*weights)}, exit 1, without tasks near chance: {', '.join(map(named, clear))}"
+            rows.append(judge(title, chosen[DEEP], clear, weights, {1: 1}, of_paper(pair)[0]))
+    leads = [
+        [min(compare(chosen[model], [task], pair, {share: 1}).mean for pair in PAIRS[:2]) > 0 for share in FAST]
+        for model in TASKS
+        for task in report.complete(chosen[model], TASKS[model], METHODS)
+    ]
+    counts = [*(sum(at_share) for at_share in zip(*leads, strict=True)), sum(map(all, leads))]
+    here = f"{', '.join(map(str, counts))} of {len(leads)}"
+    rows.append(["SWEET above EE and MM, at 1/6, 1/4, 1/2, all three", "5 of 7 at all", here, "", "a count"])
+    for pooling, name in (("mean", "the mean"), ("cls", "[CLS]")):
+        some = [run for run in runs if run.pooling == pooling]
+        of_ways = [(way, [run.converged for run in some if run.method == way]) for way in METHODS]
+        here = ", ".join(f"{named(way)} {converged.count(False)} of {len(converged)}" for way, converged in of_ways)
+        rows.append([f"runs that do not converge, {name}", "none of SWEET", here, "", "a count"])
     return rows
 
 
 def exits(runs: list[Run], model: str) -> list[list[str]]:
     """Each exit alone, by method, and seed 0's area under the curve at each rate of the search."""
-    rows, found, rates = [], of_pairs(runs, model), sorted(RATES[model, "confidence"])
-    chosen = select(runs, model) | {("mnli", "ee"): report.counted(found["mnli", "ee"], SEEDS)}
-    for task in (*TASKS[model], "mnli"):
-        first = {method: next(iter(chosen.get((task, method), {}).values()), None) for method in METHODS}
-        if not (run := first["ee"]):
-            continue
-        scores = [row_of(chosen, [task], method, LAYERS[model]) if first[method] else [] for method in METHODS]
-        by_exit = zip_longest(*([re.sub(r" ±[\d.]+", "", text) for text in of] for of in scores), fillvalue="–")
-        searched = [{run.rate: f"{run.area:.1f}" for run in found[task, way] if run.seed == 0} for way in METHODS]
-        areas = [", ".join(of[rate] for rate in rates if rate in of) or "–" for of in searched]
-        tuned = " / ".join(rate_text(run.rate) if run else "–" for run in first.values())
-        name = f"{LAYERS[model][-1]}: {named(task)} ({run.constant:.1f})"
-        rows.append([name, tuned, *map(" / ".join, by_exit), " / ".join(areas)])
+    rows, chosen, found = [], select(runs, model), of_pairs(runs, model)
+    for task in [task for task in (*TASKS[model], *BESIDE[model]) if (task, "ee") in chosen]:
+        of_task = [list(chosen.get((task, method), {}).values()) for method in METHODS]
+        scores = [report.row_of(chosen, [task], method, LAYERS[model]) for method in METHODS]
+        means = [[re.sub(r" ±[\d.]+", "", text) or "–" for text in texts] for texts in scores]
+        tuned = " / ".join(rate_text(some[0].rate) if some else "–" for some in of_task)
+        areas = [{run.rate: f"{run.area:.1f}" for run in found[task, way] if run.seed == 0} for way in METHODS]
+        rates = sorted(set().union(*areas))
+        by_rate = [f"{rate_text(n)}: {' / '.join(of_way.get(n, '–') for of_way in areas)}" for n in rates]
+        name = f"{LAYERS[model][-1]}: {named(task)} ({of_task[0][0].constant:.1f})"
+        rows.append([name, tuned, *map(" / ".join, zip(*means, strict=True)), ", ".join(by_rate)])
     return rows
 
 
-def by_pooling(runs: list[Run], model: str, method: str) -> list[str]:
-    """The scores of exits that read [CLS] and of those that read the mean, on the tasks and seeds that have both."""
-    chosen, scores = select(runs, model), {}
-    for task in TASKS[model]:
-        rates = {run.rate for run in chosen.get((task, method), {}).values()}
-        of_cls = [run for run in of_pairs(runs, model, pooling="cls")[task, method] if run.rate in rates]
-        older, newer = report.counted(of_cls, SEEDS), chosen.get((task, method), {})
-        if seeds := older.keys() & newer.keys():
-            both = [[[some[n].score(layer) for layer in LAYERS[model]] for n in seeds] for some in (older, newer)]
-            scores[named(task)] = np.mean(both, axis=1)
-    texts = [f"{first:.1f}, {second:.1f}" for first, second in np.mean([*scores.values()], axis=0).T] if scores else []
-    return [f"{model}, {named(method)}: {', '.join(scores) or 'not run'}", *texts]
+def by_pooling(runs: list[Run]) -> list[list[str]]:
+    """The first exit, which reads [CLS] or the mean, each at its own tuned rate: EE, SWEET, and their difference."""
+    groups = [(DEEP, name, tasks) for name, tasks in report.with_mean(TASKS[DEEP], "all tasks").items()]
+    rows = []
+    for model, name, tasks in (*groups, (SMALL, "all tasks", TASKS[SMALL])):
+        rows.append([f"{LAYERS[model][-1]}: {name}"])
+        for pooling in ("cls", "mean"):
+            chosen = select(runs, model, pooling=pooling)
+            rows[-1] += [report.row_of(chosen, tasks, method, [1])[0] for method in ("ee", "sweet")]
+            rows[-1].append(cell(compare(chosen, tasks, PAIRS[0], {1: 1}), len(tasks), "+"))
+    return rows
 
 
 def paper_blocks(runs: list[Run]) -> dict[str, str]:
     """The tables of the paper's page, and README's of it."""
     gradients: dict = defaultdict(dict)
-    deep, small, lte = select(runs, DEEP), select(runs, SMALL), select(runs, SMALL, "lte")
-    tables = [pair_table(deep, DEEP, pair, TASKS[DEEP], papers) for pair, papers in PAPERS.items()]
-    others = [pair_table(small, SMALL, pair, TASKS[SMALL], papers) for pair, papers in PAPERS.items()]
-    others.append(pair_table(lte, SMALL, PAIRS[0], TASKS[SMALL][:2], OF_LTE, ", learning-to-exit"))
     for row in sorted(read_rows(PAPER / "gradients.csv"), key=lambda row: row["pooling"] != "mean"):
         where = f"layer {row['layer']}: " + ("exit n, later ones" if row["layer"] == row["exit"] else "later ones")
         of_where = gradients[f"{named(row['task'])}, {'[CLS]' if row['pooling'] == 'cls' else 'mean'}"]
         of_where.setdefault(where, []).append(f"{float(row['cosine']):.2f}".replace("-0.00", "0.00"))
     places = list(next(iter(gradients.values()), ()))
     of_runs = [[name, *(", ".join(found[place]) for place in places)] for name, found in gradients.items()]
-    read = [by_pooling(runs, model, method) for model in TASKS for method in ("ee", "sweet")]
-    readme, points = [], [*LAYERS[DEEP], *QUARTERS]
+    further, readme, points = other_claims(runs), [], [*LAYERS[DEEP], *FAST]
     for pair, n in CLAIMS:
-        title = f"exit {points[n]}" if n < 4 else f"curve at {points[n]}"
-        readme.append([f"{named(*pair)}, {title}", *judge(runs, pair, [points[n]], PAPERS[pair].split()[n])])
-    claim = ["claim", "paper", "here", "tasks for", "tasks against", "verdict"]
-    further, head = other_claims(runs), ["layers: task (majority)", "rate", *PLACES, "area at each rate"]
+        title = f"{named(*PAIRS[pair])}, {'exit' if n < 4 else 'curve at'} {points[n]}"
+        args = select(runs, DEEP), TASKS[DEEP], PAIRS[pair], {points[n]: 1}, of_paper(pair)[n]
+        readme.append(judge(title, *args))
+    pairs = {model: [pair_table(runs, model, pair) for pair in range(len(PAIRS))] for model in TASKS}
+    claim = ["claim", "paper", "here", "tasks for", "verdict"]
+    of_exits = ["layers: task (majority)", "rate", *PLACES, "area at each rate"]
+    reads = ["exit 1", *(f"{what}, {name}" for name in ("[CLS]", "mean") for what in ("EE", "SWEET", "SWEET − EE"))]
     return {
-        "twelve layers": "\n".join(tables),
-        "six layers": "\n".join(others),
+        "twelve layers": "\n".join(pairs[DEEP]),
+        "six layers": "\n".join([*pairs[SMALL], pair_table(runs, SMALL, 0, "lte")]),
         "other claims": table("", claim, further),
-        "exits": table("", head, [row for model in TASKS for row in exits(runs, model)]),
-        "by what exits read": table("", ["model, method: tasks", *PLACES], read),
+        "exits": table("", of_exits, [row for model in TASKS for row in exits(runs, model)]),
+        "by what exits read": table("", reads, by_pooling(runs)),
         "gradients": table("", ["task, exits read", *places], of_runs),
-        "trainings": table("", ["trainings", "number", "hours", *map(named, METHODS)], trainings(runs)),
         "replicates": table("", claim, [*readme, further[0]]),
     }
+
+
+def cells(values: np.ndarray, sign: str = "") -> list[str]:
+    """The mean over draws, with its interval; none without draws."""
+    return [cell(report.estimate(values), sign=sign)] if len(values) else []
 
 
 def by_rows() -> dict[str, str]:
@@ -300,11 +361,11 @@ def main() -> None:
         text = page.read_text(encoding="utf-8")
         for name, block in blocks.items():
             text = re.sub(BLOCK.format(name), lambda found, block=block: found[1] + block + found[3], text, flags=re.S)
-        text = re.sub(r"(?<=\n)\| *[\d +]* *\| (\[[^|]*\]\((?:minisweet|train)[^|]*\)) \|", count_lines, text)
+        text = re.sub(r"(?<=\n)\| *[\d +]* *\| (\[[^|]*\]\((?:minisweet|train|evaluate)[^|]*\)) \|", count_lines, text)
         page.write_text(text, encoding="utf-8")
     for model, name in ((DEEP, "curves-12.png"), (SMALL, "curves-6.png")):
         chosen = select(runs, model)
-        if tasks := [task for task in TASKS[model] if report.common_seeds(chosen, [task], METHODS)]:
+        if tasks := report.complete(chosen, TASKS[model], METHODS):
             report.draw_panels(PAPER / name, {named(task): (chosen, [task]) for task in tasks}, METHODS)
     draw_promises(CLASSIFIER / "promises.png")
 
