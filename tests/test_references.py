@@ -23,3 +23,10 @@ def test_hidden_states_are_those_that_transformers_computed(model_type, mode):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     torch.testing.assert_close(alone, theirs[:, : len(ids[0])], atol=1e-5, rtol=0)
     note_difference(f"hidden states of {model_type} in {mode}, beside the references", ours, theirs)
+
+
+def test_a_checkpoint_is_compared_with_transformers_by_one_command():
+    pytest.importorskip("transformers")
+    from tests.references.__main__ import differences
+
+    assert max(differences(Path(__file__).parent / "references" / "mpnet")) < 1e-5
