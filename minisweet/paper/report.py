@@ -270,13 +270,15 @@ def draw_panels(path: Path, panels: dict[str, tuple[Chosen, Sequence[str]]], met
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = plots.new_figure(1 + 4.2 * columns, 1 + 3.4 * rows)
-    ratios = np.array(SHARES, float)
     for place, (title, (chosen, tasks)) in enumerate(panels.items(), start=1):
         axis = figure.add_subplot(rows, columns, place)
         for method in methods:
             if complete(chosen, tasks, [method]):
-                values = [compare(chosen, tasks, {method: 1}, {share: 1}) for share in SHARES]
-                mean, half, _ = np.array(values).T
+                exits = sorted(next(iter(chosen[tasks[0], method].values())).exits)
+                end = Fraction(sum(exits), exits[-1]) if method == "mm" else Fraction(1)  # all texts take the last exit
+                shares = [share for share in SHARES if share < end]
+                values = [compare(chosen, tasks, {method: 1}, {point: 1}) for point in (*shares, exits[-1])]
+                ratios, (mean, half, _) = np.array([*shares, end], float), np.array(values).T
                 colour = plots.draw_line(axis, method, ratios, mean, METHODS[method], marker="")
                 axis.fill_between(ratios, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
         plots.label_axes(axis, title, "score, in percent")

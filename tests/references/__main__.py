@@ -16,7 +16,6 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import save_file
 
 from minisweet import load_encoder
@@ -52,6 +51,8 @@ def inputs_of(model_type: str, vocab_size: int) -> tuple[dict, dict]:
 
 def write_reference(model_type: str) -> None:
     """Write the folder of one encoder."""
+    import transformers
+
     folder, (inputs, read) = Path(__file__).parent / model_type, inputs_of(model_type, 50)
     config = transformers.AutoConfig.for_model(**CONFIGS[model_type] | SIZES)
     model = transformers.AutoModel.from_config(config).eval()
@@ -66,6 +67,8 @@ def write_reference(model_type: str) -> None:
 
 def differences(folder: Path) -> tuple[float, float]:
     """The largest difference of hidden states, and of gradients as a share of the largest gradient of all."""
+    import transformers
+
     config = read_config(folder, "cls")
     inputs, read = inputs_of(config.model_type, config.vocab_size)
     real = inputs["attention_mask"] == 1
