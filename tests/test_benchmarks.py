@@ -1,5 +1,6 @@
 """Studies: their commands as they stand on the pages, on tiny models and few rows; and the numbers of the pages."""
 
+import csv
 import importlib
 import math
 import re
@@ -7,6 +8,7 @@ import shlex
 import shutil
 import statistics
 import sys
+from argparse import Namespace
 from pathlib import Path
 from random import Random
 
@@ -24,7 +26,7 @@ PAGES |= {"minisweet/tried.md": (CHECKOUT / "minisweet" / "tried.md").read_text(
 BLOCKS = {
     name: block for text in PAGES.values() for _, name, block, _ in re.findall(tables.BLOCK.format("(.*?)"), text, re.S)
 }
-MOST_LINES = {"minisweet/paper/results.md": 190, "minisweet/classifier/results.md": 110, "minisweet/tried.md": 60}
+MOST_LINES = {"minisweet/paper/results.md": 190, "minisweet/classifier/results.md": 120, "minisweet/tried.md": 60}
 
 
 @pytest.fixture
@@ -272,11 +274,15 @@ def test_the_studies_run_as_they_stand_on_the_page(place, copies, monkeypatch):
     pytest.importorskip("sklearn", reason="scikit-learn, which TF-IDF needs, is missing")
     monkeypatch.setattr(fit, "STEPS", 1)
     monkeypatch.setattr(own_text, "TRAIN", 60)
-    monkeypatch.setattr(by_rows, "LIST_TEST_ROWS", 40)
+    for name in ("LIST_TEST_ROWS", "LONG_TEST_ROWS"):
+        monkeypatch.setattr(by_rows, name, 40)
     draw, sections = Random(0), own_text.SECTIONS[:3]
-    fields = "Package: p{0}\nSection: {1}\nDescription: {1} {2}\n Longer: text\n"
+    fields = "Package: p{0}\nSection: {1}\nDescription: {1} {2}\nDescription-md5: {0}\n Longer: text\n"
     packages = [fields.format(n, draw.choice(sections), " ".join(draw.choices(WORDS, k=5))) for n in range(200)]
-    Path("packages.txt").write_text("\n".join(packages))
+    fields = "Package: p{0}\nDescription-md5: {0}\nDescription-en: short\n {1}\n .\n {2}\n"
+    lengths = [*[own_text.LONG] * 150, *[own_text.LONG - 1] * 50]
+    longer = [(n, *(" ".join(draw.choices(WORDS, k=k)) for k in (10, many - 10))) for n, many in enumerate(lengths)]
+    Path("packages.txt").write_text("\n".join([*packages, *(fields.format(*row) for row in longer)]))
     page = PAGES["minisweet/classifier/results.md"]
     commands = re.findall(r"python -m tests\.benchmark\.(own_text|by_rows) (.*)", page)
     assert [name for name, _ in commands] == ["own_text", "by_rows"]
@@ -290,7 +296,32 @@ def test_the_studies_run_as_they_stand_on_the_page(place, copies, monkeypatch):
     new = [row for row in rows if row["labelled"] == "40"]
     assert len(rows) == before  # what is there is not made again
     assert {row["way"] for row in new} >= {"exit 0", "full depth", "deployed", "TF-IDF", "embeddings"}
+    assert {row["texts"] for row in new} == {"list", "long"}
     assert new[0].keys() == rows[0].keys()
+    long = read_rows(Path("LONG.csv"))
+    assert (len(long), len({row["group"] for row in long})) == (150, 150)
+    assert {len(row["text"].split()) for row in long} == {own_text.LONG}
+
+
+def test_a_group_is_tested_once_and_not_learned(tmp_path):
+    texts = [(f"text {n}", "ab"[n % 2], f"group {n % 30}") for n in range(90)]
+    with (tmp_path / "long.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label", "group"), *texts])
+    args = Namespace(list=None, long=[tmp_path / "long.csv"], own=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(by_rows, "LONG_TEST_ROWS", 10)
+        rows, test = by_rows.draw("long", args, 0)
+    group_of = {text: group for text, _, group in texts}
+    tested = {group_of[text] for text in test.first}
+    assert len(tested) == len(test.first) == 10
+    assert (len(rows.first), tested & {group_of[text] for text in rows.first}) == (60, set())
+    assert rows.groups == [group_of[text] for text in rows.first]
+
+
+def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
+    told = by_rows.calibration(np.repeat([0.6, 0.9], 50), np.tile([True, False], 50))
+    assert told["ece"] == pytest.approx(25)  # halves of 10 and of 40 points
+    assert told["confidence"] == pytest.approx(75)
 
 
 @pytest.mark.slow
@@ -299,19 +330,25 @@ def test_speed_is_measured_like_for_like(copies, own_run, monkeypatch):
         pytest.importorskip(extra, reason=f"{extra}, which the timings need, is missing")
     in_turns = speed.take_turns
 
-    def take_turns(sides: dict, turns: int) -> dict:
+    def take_turns(sides: dict, texts: list[str], timed: dict, turns: int) -> dict:
         """The first two sides in processes of their own, all others here."""
-        found = in_turns(dict(list(sides.items())[:2]), turns)
+        found = in_turns(dict(list(sides.items())[:2]), texts, timed, turns)
         for side, (module, name, rest) in sides.items():
-            found.setdefault(side, ({"one_by_one": 1.0}, getattr(sys.modules[module], name)(*rest)(1)))
+            step = getattr(sys.modules[module], name)(*rest)
+            found.setdefault(side, ({(some, "one_by_one"): 1.0 for some in timed}, [step([text])[0] for text in texts]))
         return found
 
     monkeypatch.setattr(speed, "take_turns", take_turns)
+    monkeypatch.setattr(speed, "STATIC_FOLDER", Path("missing"))
     file = own_run.parent / "own.csv"
     monkeypatch.chdir(own_run.parent)  # where its model lies
-    assert run(speed, file, file, own_run, own_run, "--turns", 1, "--write") == 0
-    rows = {(row["precision"], row["side"]): row for row in read_rows(copies / "CLASSIFIER" / "speed.csv")}
-    assert [[kind for kind, _ in rows].count(kind) for kind in ("float32", "int8")] == [11, 5]
+    before = read_rows(copies / "CLASSIFIER" / "speed.csv")
+    assert run(speed, "tiny", file, file, own_run, own_run, "--words", 20, "--turns", 1, "--write") == 0
+    found = read_rows(copies / "CLASSIFIER" / "speed.csv")
+    assert found[: len(before)] == [row for row in before if row["texts"] != "20 words"]
+    rows = {(row["precision"], row["side"]): row for row in found if row["texts"] == "tiny"}
+    assert [[kind for kind, _ in rows].count(kind) for kind in ("float32", "int8")] == [14, 7]
+    assert len([row for row in found if row["texts"] == "20 words"]) == 21
     for first, second in (
         ("our file, deployed", "our classifier, deployed"),
         ("our file, full depth", "our classifier, full depth"),

@@ -1,7 +1,10 @@
-"""What one would use in place of ours: a logistic regression on TF-IDF, on embeddings, or on both.
+"""What one would use in place of ours: a logistic regression on TF-IDF, on embeddings (also static ones), or on both.
 
 TF-IDF counts words, pairs of words, and three to five characters within words. Embeddings are MiniLM's mean-pooled last
-layer, normalised: they cost all layers. The regression's strength is chosen by cross-validation.
+layer, normalised: they cost all layers. The regression's strength is chosen by cross-validation; folds share no group.
+Static embeddings, a vector per token, are made of MiniLM's by model2vec (`pip install 'model2vec[distill]'`):
+
+    python -c "from model2vec.distill import distill; distill('weights/minilm-l6').save_pretrained('weights/static')"
 """
 
 from collections.abc import Callable
@@ -11,10 +14,11 @@ import numpy as np
 
 from minisweet import load_encoder
 from minisweet.classifier import probe
-from minisweet.hub import model_folder
+from minisweet.hub import home, model_folder
 from minisweet.texts import Examples, Texts, load_tokenizer
 
 RIVALS = (TFIDF, EMBEDDINGS, BOTH) = ("TF-IDF", "embeddings", "TF-IDF and embeddings")
+STATIC, STATIC_FOLDER = "static embeddings", home() / "weights" / "static"
 Answer = Callable[[Examples], np.ndarray]  # of other rows: (N,)
 
 
@@ -32,15 +36,19 @@ def embed(texts: list[str]) -> np.ndarray:
 
 
 def fit_rival(name: str, train: Examples) -> Answer:
-    """Fit one of RIVALS."""
+    """Fit one of RIVALS, or STATIC."""
     from scipy import sparse
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV
+    from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
     from sklearn.pipeline import FeatureUnion
 
     to_vectors = embed
-    if name != EMBEDDINGS:
+    if name == STATIC:
+        from model2vec import StaticModel
+
+        to_vectors = StaticModel.from_pretrained(STATIC_FOLDER).encode
+    elif name != EMBEDDINGS:
         words, letters = TfidfVectorizer(ngram_range=(1, 2)), TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5))
         union = FeatureUnion([("words", words), ("letters", letters)]).fit(train.first)
         to_vectors = union.transform
@@ -50,5 +58,7 @@ def fit_rival(name: str, train: Examples) -> Answer:
             return sparse.hstack([union.transform(texts), embed(texts)]).tocsr()
 
     vectors = to_vectors(train.first)
-    search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": [1, 10, 100]}, cv=3).fit(vectors, train.labels)
+    folds = StratifiedGroupKFold(3) if train.groups else 3
+    search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": [1, 10, 100]}, cv=folds)
+    search.fit(vectors, train.labels, groups=train.groups)
     return lambda rows: search.predict(to_vectors(rows.first))

@@ -1,12 +1,13 @@
 """What one would use on own text, and what it costs: accuracy and milliseconds from text to label, in one run.
 
-    python -m tests.benchmark.speed TRAIN.csv TEST.csv RUN [RUN] [--turns 3] [--write]
+    python -m tests.benchmark.speed LIST TRAIN.csv TEST.csv RUN [RUN] [--words 20,60] [--turns 3] [--write]
 
 RUN is a run of `minisweet fit TRAIN.csv`; a further one also learned from unlabelled texts. All sides answer the rows
-of TEST, one by one and in batches of 32 of similar length (our files one text at a time only). Rivals, of linear.py,
-learn the rows of TRAIN. `transformers` and plain ONNX Runtime run public weights with a new head, and have the score of
-our model without the bag of words. Each side has a process of its own, and the sides take turns, so that a machine
-whose speed drifts is fair to all. Numbers are medians. With --write they replace speed.csv.
+of TEST, and then some of them in turn, one by one and in batches of 32 of similar length (int8 files of ours one
+text at a time only). Rivals, of linear.py, learn the rows of TRAIN. `transformers` and plain ONNX Runtime run public
+weights with a new head, and have the score of our model without the bag of words. With --words texts of so many words
+follow: the words of TEST, cut anew. Each side has a process of its own, and the sides take turns, so that a machine
+whose speed drifts is fair to all. Numbers are medians. With --write they replace those of LIST in speed.csv.
 """
 
 import json
@@ -25,61 +26,58 @@ import torch
 from tokenizers import Tokenizer
 
 from minisweet import EarlyExitClassifier
-from minisweet.base.commands import Parser, number, run_command
+from minisweet.base.commands import Parser, list_of, number, run_command
 from minisweet.base.devices import device_name
 from minisweet.classifier.operating_point import classification_report
 from minisweet.fast import tune_cpu
 from minisweet.hub import model_folder
 from minisweet.texts import Examples, special_tokens
 from tests.benchmark import CHECKOUT, CLASSIFIER, commit, read_rows, write_rows
-from tests.benchmark.linear import RIVALS, TFIDF, fit_rival
+from tests.benchmark.linear import RIVALS, STATIC, STATIC_FOLDER, TFIDF, fit_rival
 
 HERE = "tests.benchmark.speed"
 SIDE = """
 import importlib, json, sys, time
 module, name, arguments = json.loads(sys.argv[1])
 step = getattr(importlib.import_module(module), name)(*arguments)
-for batch in sys.stdin:
+for line in sys.stdin:
+    batch, texts = json.loads(line)
     start = time.perf_counter()
-    answers = step(int(batch))
+    answers = [pair for n in range(0, len(texts), batch) for pair in step(texts[n : n + batch])]
     print(json.dumps([time.perf_counter() - start, answers]), flush=True)
 """
 FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-POINTS = {"full depth": 1.0, "deployed": None}  # thresholds
+POINTS = {"full depth": 1.0, "deployed": None, "bag of words": 0.0}  # thresholds
 BATCHES = {"one_by_one": 1, "in_batches": 32}  # texts at once
-Step = Callable[[int], list]  # answers all texts, so many at once
+FEW = 64  # texts of a number of words
+Step = Callable[[list[str]], list]  # answers texts at once, by class and layer (None where there is one exit)
 
 
-def in_batches(texts: str, answer: Callable[[list[str]], list]) -> Step:
-    """What answers the texts of a file, by class and layer (None where there is one exit)."""
-    rows = json.loads(Path(texts).read_text())
-    return lambda batch: [pair for n in range(0, len(rows), batch) for pair in answer(rows[n : n + batch])]
-
-
-def ours(texts: str, run: str, threshold: float | None) -> Step:
+def ours(run: str, threshold: float | None) -> Step:
     """Our classifier, by PyTorch."""
     tune_cpu()
     classify = EarlyExitClassifier.load(run, threshold=threshold)
     names = classify.state.labels
-    return in_batches(texts, lambda part: [(names.index(a.label), a.exit_layer) for a in classify.classify(part)])
+    return lambda part: [(names.index(a.label), a.exit_layer) for a in classify.classify(part)]
 
 
-def theirs(texts: str, folder: str, classes: int, words: str) -> Step:
+def theirs(folder: str, classes: int, words: str) -> Step:
     """The full model by `transformers`."""
     import transformers
 
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes).eval()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=words, pad_token="[PAD]")
+    cut = {"padding": True, "truncation": True, "max_length": Tokenizer.from_file(words).truncation["max_length"]}
 
     @torch.inference_mode()
     def answer(part: list[str]) -> list:
-        scores = model(**tokenizer(part, padding=True, truncation=True, return_tensors="pt")).logits
+        scores = model(**tokenizer(part, **cut, return_tensors="pt")).logits
         return [(label, None) for label in scores.argmax(-1).tolist()]
 
-    return in_batches(texts, answer)
+    return answer
 
 
-def by_onnx(texts: str, file: str, tokenizer: str, threshold: float | None) -> Step:
+def by_onnx(file: str, tokenizer: str, threshold: float | None) -> Step:
     """An ONNX file, ours or the exported full model, by ONNX Runtime."""
     import onnxruntime
 
@@ -95,13 +93,13 @@ def by_onnx(texts: str, file: str, tokenizer: str, threshold: float | None) -> S
         layers = more[1].tolist() if more else [None] * len(scores)
         return list(zip(scores.argmax(-1).tolist(), layers, strict=True))
 
-    return in_batches(texts, answer)
+    return answer
 
 
-def rival(texts: str, name: str, rows: str) -> Step:
-    """One of RIVALS, which learns some rows: texts, and numbers of labels."""
+def rival(name: str, rows: str) -> Step:
+    """One of RIVALS or STATIC, which learns some rows: texts, and numbers of labels."""
     answer = fit_rival(name, Examples(*json.loads(Path(rows).read_text())))
-    return in_batches(texts, lambda part: [(n, None) for n in answer(Examples(part, None, None)).tolist()])
+    return lambda part: [(n, None) for n in answer(Examples(part, None, None)).tolist()]
 
 
 def export_theirs(folder: str, classes: int, file: str, int8: str) -> None:
@@ -118,30 +116,45 @@ def export_theirs(folder: str, classes: int, file: str, int8: str) -> None:
     quantize_dynamic(file, int8)
 
 
-def take_turns(sides: dict[tuple, tuple], turns: int) -> dict[tuple, tuple[dict[str, float], list]]:
-    """Let each side take its step in turn. Returns its median seconds, after a turn that warms up, and its answers.
+def is_one_by_one(kind: str, side: str) -> bool:
+    """Whether a side takes one text at a time only."""
+    return kind == "int8" and side.startswith("our file")
 
-    A side is a module, a function there that makes a `Step`, and its arguments, as JSON can hold them. Our files answer
-    one by one only.
+
+def take_turns(
+    sides: dict[tuple, tuple], texts: list[str], timed: dict[str, list[str]], turns: int
+) -> dict[tuple, tuple[dict, list]]:
+    """Let each side answer `texts`, then the `timed` ones of each name in turn, after a turn that warms up.
+
+    Returns each side's median milliseconds, by name and setting, and its answers to `texts`. A side is a module, a
+    function there that makes a `Step`, and its arguments, as JSON can hold them.
     """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": CHECKOUT}
-    workers, seconds, answers = {}, defaultdict(lambda: defaultdict(list)), {}
+    workers, answers, times = {}, {}, defaultdict(lambda: defaultdict(list))
     for side, call in sides.items():
         workers[side] = subprocess.Popen([sys.executable, "-c", SIDE, json.dumps(call)], **pipes)
-    for _, (setting, batch), (side, worker) in product(range(turns + 1), BATCHES.items(), workers.items()):
-        if batch == 1 or not side[1].startswith("our file"):
-            print(batch, file=worker.stdin, flush=True)
-            took, found = json.loads(next(line for line in worker.stdout if line.startswith("[")))
-            seconds[side][setting].append(took)
-            answers.setdefault(side, found)
+
+    def ask(side: tuple[str, str], setting: str, some: list[str]) -> tuple[float, list]:
+        print(json.dumps([BATCHES[setting], some]), file=workers[side].stdin, flush=True)
+        return json.loads(next(line for line in workers[side].stdout if line.startswith("[")))
+
+    settings = {side: list(BATCHES)[: 1 if is_one_by_one(*side) else 2] for side in sides}
+    for side in sides:
+        answers[side] = ask(side, settings[side][-1], texts)[1]
+    for turn, (name, some), side in product(range(turns + 1), timed.items(), sides):
+        for setting in settings[side]:
+            took, _ = ask(side, setting, some)
+            if turn:
+                times[side][name, setting].append(1000 * took / len(some))
     for worker in workers.values():
         worker.communicate()
-    medians = {side: {name: statistics.median(took[1:]) for name, took in of.items()} for side, of in seconds.items()}
-    return {side: (medians[side], answers[side]) for side in sides}
+    return {
+        side: ({key: statistics.median(took) for key, took in times[side].items()}, answers[side]) for side in sides
+    }
 
 
 def sides_of(runs: list[tuple[str, EarlyExitClassifier]], place: Path) -> dict[tuple[str, str], tuple]:
-    """All sides, by precision and name: a module, a function there, and its arguments after the texts."""
+    """All sides, by precision and name: a module, a function there, and its arguments."""
     (first, classify), *_ = runs
     tokenizer = Tokenizer.from_file(f"{first}/tokenizer.json")
     pad = special_tokens(tokenizer)[2]
@@ -149,7 +162,8 @@ def sides_of(runs: list[tuple[str, EarlyExitClassifier]], place: Path) -> dict[t
     tokenizer.save(f"{place}/words")
     public = str(model_folder(classify.model).resolve()), len(classify.classes_)
     export_theirs(*public, f"{place}/theirs-float32.onnx", f"{place}/theirs-int8.onnx")
-    sides = {("float32", name): (HERE, "rival", (name, f"{place}/rows")) for name in RIVALS}
+    rivals = [*RIVALS, *([STATIC] if STATIC_FOLDER.exists() else [])]
+    sides = {("float32", name): (HERE, "rival", (name, f"{place}/rows")) for name in rivals}
     sides["float32", "transformers"] = HERE, "theirs", (*public, f"{place}/words")
     for point, threshold in POINTS.items():
         sides["float32", f"our classifier, {point}"] = HERE, "ours", (first, threshold)
@@ -166,26 +180,31 @@ def sides_of(runs: list[tuple[str, EarlyExitClassifier]], place: Path) -> dict[t
 def main() -> None:
     """Measure, and print or write the rows."""
     parser = Parser(__doc__)
+    parser.add_argument("list", help="the name of the list")
     for name in ("train", "test"):
         parser.add_argument(name, type=Path, metavar=f"{name.upper()}.csv")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--words", type=list_of(number(int, 1)), default=[])
+    parser.add_argument("--timed", type=number(int, 1), default=400, help="texts of the list")
     parser.add_argument("--turns", type=number(int, 1), default=3)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     runs, found = [(str(run.resolve()), EarlyExitClassifier.load(run)) for run in args.runs], []
     _, classify = runs[0]
-    labels = classify.state.labels
+    labels = list(map(str, classify.state.labels))
     parts = [[(row["text"], labels.index(row["label"])) for row in read_rows(file)] for file in (args.train, args.test)]
+    words = " ".join(text for text, _ in parts[1]).split()
     rows = sorted(parts[1], key=lambda row: len(row[0]))
     texts, right = [text for text, _ in rows], np.array([label for _, label in rows])
+    timed = {args.list: texts[:: max(1, len(texts) // args.timed)]}
+    for count in args.words:
+        timed[f"{count} words"] = [" ".join(words[n * count : (n + 1) * count]) for n in range(FEW)]
     about = {"machine": device_name(torch.device("cpu")), "date": date.today(), "commit": commit()}
     model = classify.state.trained.ask_model(classify.state.tokenize(texts), torch.device("cpu"), None).argmax(-1)
     with TemporaryDirectory() as name:
-        (file := Path(name, "texts")).write_text(json.dumps(texts))
         learnt = list(map(list, zip(*parts[0], strict=True)))
         Path(name, "rows").write_text(json.dumps([learnt[0], None, learnt[1]]))
-        sides = {side: (*call, (str(file), *rest)) for side, (*call, rest) in sides_of(runs, Path(name)).items()}
-        for (kind, side), (seconds, answers) in take_turns(sides, args.turns).items():
+        for (kind, side), (took, answers) in take_turns(sides_of(runs, Path(name)), texts, timed, args.turns).items():
             classes, layers = zip(*answers, strict=True)
             answered = model.numpy() if side in ("transformers", "ONNX Runtime") else np.array(classes)
             score = f"{100 * (answered == right).mean():.1f}"
@@ -193,13 +212,16 @@ def main() -> None:
             if (kind, side) == ("int8", "ONNX Runtime"):  # whose answers are not our model's
                 score = macro_f1 = ""
             depth = classify.state.trained.record.depth
-            share = float(side != TFIDF) if None in layers else float(np.mean(layers)) / depth
-            times = {name: f"{1000 * seconds[name] / len(rows):.2f}" if name in seconds else "" for name in BATCHES}
-            row = {"precision": kind, "side": side} | times | {"score": score, "macro_f1": macro_f1}
-            found.append(row | {"share": f"{share:.2f}"} | about)
+            share = float(side not in (TFIDF, STATIC)) if None in layers else float(np.mean(layers)) / depth
+            told = {"score": score, "macro_f1": macro_f1, "share": f"{share:.2f}"}
+            for some in timed:
+                times = {name: f"{took[some, name]:.2f}" if (some, name) in took else "" for name in BATCHES}
+                told = told if some == args.list else dict.fromkeys(told, "")
+                found.append({"texts": some, "precision": kind, "side": side} | times | told | about)
     print("\n".join(", ".join(map(str, row.values())) for row in found))
     if args.write:
-        write_rows(CLASSIFIER / "speed.csv", found)
+        others = [row for row in read_rows(CLASSIFIER / "speed.csv") if row["texts"] not in timed]
+        write_rows(CLASSIFIER / "speed.csv", [*others, *found])
 
 
 if __name__ == "__main__":

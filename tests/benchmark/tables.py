@@ -16,7 +16,7 @@ from minisweet.paper import report
 from minisweet.paper.report import FAST, PAIRS, Chosen, Estimate, Run, Weights, cell, compare, named, rate_text, table
 from minisweet.plots import COLOURS, label_axes, new_figure, save_figure
 from tests.benchmark import CHECKOUT, CLASSIFIER, PAPER, read_rows
-from tests.benchmark.linear import RIVALS
+from tests.benchmark.linear import RIVALS, STATIC
 
 PAGES = [PAPER / "results.md", CLASSIFIER / "results.md", CHECKOUT / "README.md"]
 BLOCK = r"(<!-- {} -->\n)(.*?)(<!-- end -->)"
@@ -40,12 +40,21 @@ CURVES = [["above", "above", "above"], ["above", "above", "above"], ["above", "e
 SIGNS = {"above": 1, "below": -1, "equal": 0}
 CLAIMS = [(0, 0), (0, 1), (0, 3), (0, 5), (1, 0), (2, 0)]  # README's: pairs and points
 # Of the classifier's page: lists of texts.
-LISTS = {"list": "Debian-20", "own": "Debian-12", "sst2": "SST-2"}
+LISTS = {"long": "Debian-long", "list": "Debian-20", "own": "Debian-12", "sst2": "SST-2"}
 # README's rows of own text: a side of speed.csv, by precision and name, and its title.
-README = [(("float32", way), way) for way in RIVALS]
+README = [(("float32", way), way) for way in (RIVALS[0], STATIC, *RIVALS[1:])]
 README += [(("float32", "ONNX Runtime"), "the fine-tuned model, ONNX Runtime")]
 README += [((kind, "our file, deployed"), f"`fit`, ONNX file in {kind}") for kind in ("float32", "int8")]
-README += [(("float32", "our file, unlabelled texts, deployed"), "`fit`, 30,000 unlabelled texts: the bag answers all")]
+README += [(("float32", "our file, unlabelled texts, deployed"), "`fit`, 30,000 unlabelled texts")]
+# Those of long texts: a way of results.csv, the same in speed.csv, and its title.
+README_LONG = [(RIVALS[0], RIVALS[0], RIVALS[0]), (RIVALS[2], RIVALS[2], RIVALS[2])]
+README_LONG += [("full depth", "our file, full depth", "`fit`, full depth")]
+README_LONG += [("deployed", "our file, deployed", "`fit`, early exit")]
+# The page's sides by numbers of words.
+TIMES = {"one_by_one": "ms, one by one", "in_batches": "ms, in batches"}  # of speed.csv
+UNSHOWN = "bag of words$|unlabelled texts, full depth"  # sides that the page's table leaves out
+WORDS = [("float32", side) for side in ("our file, bag of words", RIVALS[0], STATIC, "our classifier, full depth")]
+WORDS += [(kind, "our file, full depth") for kind in ("float32", "int8")]
 
 
 def of_pairs(runs: list[Run], model: str, strategy="confidence", pooling="mean") -> dict[tuple[str, str], list[Run]]:
@@ -287,28 +296,58 @@ def by_rows() -> dict[str, str]:
         gap = cells(values("score", key, "deployed") - values("score", key, best), sign="+")[0]
         texts = [f"{best} {both(key, best)}", both(key, "full depth"), both(key, "deployed")]
         main.append([name, *texts, show("share", key, "deployed").partition(" ")[0], gap])
-        ways = [("lost", "deployed"), ("share", "deployed"), ("score", "deployed"), ("score", "full depth")]
-        outcome = [show(column, key, way) for column, way in ways]
-        lost += [[name, *outcome]] * (outcome[1][:5] != "100.0" and not key[2])
-    first, last = "texts, labelled rows", ["lost of 100", "layers run, %", "early exit", "full model"]
+        outcome = [show(column, key, "deployed") for column in ("lost", "share", "ece")]
+        over = values("confidence", key, "deployed")
+        over = cells(over - values("score", key, "deployed"), sign="+")[0] if len(over) else ""
+        lost += [[name, *outcome, over]] * (outcome[1][:5] != "100.0" and not key[2] or bool(over))
+    first, last = "texts, labelled rows", ["lost of 100", "layers run, %", "calibration error", "confidence − accuracy"]
     head = [first, "best rival", "full model", "early exit", "layers run, %", "early exit − rival"]
-    return {"which way": table("", head, main), "lost": table("", [first, *last], lost)}
+    times = {
+        side["side"]: side
+        for side in read_rows(CLASSIFIER / "speed.csv")
+        if (side["texts"], side["precision"]) == ("long", "float32")
+    }
+    long = [
+        [
+            title,
+            *(show("score", ("long", rows, 0), way) for rows in (300, 1000)),
+            *(times[side][name] for name in TIMES),
+        ]
+        for way, side, title in README_LONG
+        if side in times
+    ]
+    return {
+        "which way": table("", head, main),
+        "lost": table("", [first, *last], lost),
+        "long texts": table("", ["method", "300 labelled rows", "1,000", *TIMES.values()], long),
+    }
 
 
 def speed() -> dict[str, str]:
-    """The page's table of all sides, and README's of some."""
-    found = {(row["precision"], row["side"]): row for row in read_rows(CLASSIFIER / "speed.csv")}
-    times, scores = {"one_by_one": "ms, one by one", "in_batches": "ms, in batches"}, ("score", "macro_f1")
-    page = [
-        [f"{side}, int8" if kind == "int8" else side, *(row[name] for name in (*times, *scores, "share"))]
-        for (kind, side), row in found.items()
-    ]
-    shown = (*scores, "one_by_one")
-    readme = [[title, *(found[side][name] for name in shown)] for side, title in README if side in found]
-    head = ["method (float32 unless int8)", *times.values(), "accuracy", "macro F1", "layers run"]
+    """The page's tables of all sides, by list and by words, and README's of some."""
+    found = {(row["texts"], row["precision"], row["side"]): row for row in read_rows(CLASSIFIER / "speed.csv")}
+
+    def row(title: str, kind: str, side: str, places: list[tuple[str, str]]) -> list[str]:
+        """Columns of lists, empty where a list has no such side."""
+        return [title, *(found.get((texts, kind, side), {}).get(column, "") for texts, column in places)]
+
+    def titled(kind: str, side: str) -> str:
+        return f"{side}, int8" if kind == "int8" else side
+
+    shown = [(kind, side) for texts, kind, side in found if texts == "list" and not re.search(UNSHOWN, side)]
+    both = [(texts, column) for texts in ("list", "long") for column in TIMES]
+    page = [row(titled(*side), *side, both) for side in shown]
+    for line, side in zip(page, shown, strict=True):
+        line.append(" / ".join(cell for cell in row("", *side, [("list", "score"), ("long", "score")])[1:] if cell))
+    lengths = sorted({texts for texts, *_ in found if texts.endswith("words")}, key=lambda name: int(name.split()[0]))
+    words = [row(titled(*side), *side, [(texts, "one_by_one") for texts in lengths]) for side in WORDS if lengths]
+    columns = [("list", column) for column in ("score", "macro_f1", *TIMES)]
+    readme = [row(title, *side, columns) for side, title in README if ("list", *side) in found]
+    head = [f"{name}: ms, {how}" for name in ("short", "long") for how in ("one by one", "in batches")]
     return {
-        "speed": table("", head, page),
-        "own text": table("", ["method", "accuracy", "macro F1", "ms per text"], readme),
+        "speed": table("", ["method (float32 unless int8)", *head, "accuracy, short / long"], page),
+        "words": table("", ["ms, one by one", *lengths], words),
+        "own text": table("", ["method", "accuracy", "macro F1", *TIMES.values()], readme),
     }
 
 
