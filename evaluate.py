@@ -28,11 +28,11 @@ from safetensors.torch import save
 from minisweet.base.commands import Parser, number, path_to, run_command
 from minisweet.base.devices import AMP_CHOICES, AMP_HELP, amp_of, choose_device, choose_precision
 from minisweet.base.files import InputError, read_json, write_json, written_beside
-from minisweet.checkpoint import read_config
 from minisweet.confidence import CRITERIA, crossfit, exits_taken
 from minisweet.exits import Answer, exit_costs
 from minisweet.fast import tune_cpu
 from minisweet.inference import answer_all, early_exit
+from minisweet.loading import read_config
 from minisweet.metrics import METRICS, area_under_curve, score
 from minisweet.plots import draw_curves
 from minisweet.run import CURVE, EVALUATION, LOGITS, RECORD, environment, is_run, load_models, read_run
@@ -122,6 +122,8 @@ def predict(folder: Path, file: Path, threshold: float, device: str = "auto", am
     task's columns, for a line with too many or too few cells, and for another precision.
     """
     run, config, evaluation = read_run(folder), read_config(folder), read_evaluation(folder)
+    if evaluation["criterion"] not in CRITERIA:
+        raise InputError(f"{folder}: evaluated by {evaluation['criterion']}, and CRITERIA has {', '.join(CRITERIA)}")
     place, own = choose_device(device), amp_of(evaluation["precision"])
     if amp not in ("auto", own):
         raise InputError(f"{amp}, but {folder} was evaluated with {own}; evaluate it again with --amp {amp}", "amp")

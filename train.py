@@ -25,11 +25,12 @@ from torch.nn.utils import clip_grad_norm_
 from minisweet.base.commands import Parser, number, positive_number, progress, run_command
 from minisweet.base.devices import choose_device, choose_precision, device_name
 from minisweet.base.files import LOG, InputError
-from minisweet.checkpoint import WEIGHTS, load_layers, read_config
+from minisweet.checkpoint import load_layers
 from minisweet.defaults import fill_in
 from minisweet.exits import METHODS, MultiExitModel, build_models, exit_loss
 from minisweet.fast import tune_cpu, used_rows
 from minisweet.hub import fetch_task, model_folder
+from minisweet.loading import WEIGHTS, read_config
 from minisweet.options import WHAT, add_training_options
 from minisweet.run import Run, check_output, environment, run_name, save_run
 from minisweet.tasks import TASKS, find_task, load_examples

@@ -27,7 +27,7 @@ _MODULES = {
     "InputError": "base.files",
     "MultiExitModel": "exits",
     "NgramExit": "classifier.bag_of_words",
-    "build_multi_model": "exits",
+    "build_multi_model": "checkpoint",
     "load_encoder": "checkpoint",
     "tune_cpu": "fast",
 }

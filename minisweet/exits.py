@@ -10,16 +10,13 @@ Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classe
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.checkpoint import load_encoder
 from minisweet.dropout import Dropout
 from minisweet.layers import TransformerEncoder, checked_inputs, draw_weights
 
@@ -151,16 +148,6 @@ def build_models(
     """
     exits_of = [[n] for n in exit_layers] if method == "mm" else [exit_layers]
     return [MultiExitModel(first_layers(own[-1]), own, num_labels, method, exit_strategy) for own in exits_of]
-
-
-def build_multi_model(
-    folder: str | Path, exit_layers: Sequence[int], num_labels: int, exit_strategy: str = "confidence"
-) -> list[MultiExitModel]:
-    """MM's independent models of one checkpoint: the model for n in `exit_layers` has its first n layers and one exit.
-
-    For the arguments and errors see `MultiExitModel` and `load_encoder`.
-    """
-    return build_models("mm", partial(load_encoder, folder), exit_layers, num_labels, exit_strategy)
 
 
 def exit_costs(models: Sequence[MultiExitModel]) -> list[float]:

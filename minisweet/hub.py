@@ -19,7 +19,8 @@ from urllib.request import urlopen
 
 from minisweet.base.commands import progress
 from minisweet.base.files import LOG, InputError, one_line, preview, written_beside
-from minisweet.checkpoint import PICKLED, POOLING, REPOSITORIES, WEIGHTS, open_weights, read_config
+from minisweet.checkpoint import REPOSITORIES
+from minisweet.loading import PICKLED, POOLING, WEIGHTS, open_weights, read_config
 from minisweet.tasks import TASKS, Task
 from minisweet.texts import TOKENIZER_FILES, load_tokenizer
 

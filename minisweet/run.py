@@ -23,9 +23,9 @@ from torch import nn
 from minisweet import fast
 from minisweet.base.devices import device_name
 from minisweet.base.files import InputError, read_dataclass, read_json, write_json, written_beside
-from minisweet.checkpoint import OURS, WEIGHTS, load_strict, new_encoder, open_weights
 from minisweet.config import Config
 from minisweet.exits import MultiExitModel, build_models
+from minisweet.loading import OURS, WEIGHTS, load_strict, new_encoder, open_weights
 from minisweet.tasks import load_examples
 from minisweet.texts import Examples
 

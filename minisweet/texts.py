@@ -102,8 +102,8 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, max_tokens: i
             tokenizer = ByteLevelBPETokenizer.from_file(str(regular_file(pieces)), str(regular_file(merges)))
         else:
             own = read_json(settings) if settings.exists() else {}
-            kinds = own.get("word_tokenizer_type", "basic"), own.get("subword_tokenizer_type", "wordpiece")
-            if kinds != ("basic", "wordpiece"):
+            kinds = {own.get("word_tokenizer_type"), own.get("subword_tokenizer_type")}
+            if not kinds <= {None, "basic", "wordpiece"}:
                 raise ValueError(f"{kinds}, as for Japanese, is not implemented")
             options = {ours: own[public] for public, ours in WORD_PIECE.items() if public in own}
             tokenizer = BertWordPieceTokenizer.from_file(str(regular_file(words)), **options)

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from minisweet import NgramExit, toy
 from minisweet.base.commands import run_command
 from minisweet.base.files import InputError
-from minisweet.checkpoint import ARCHITECTURES, load_encoder, public_name
+from minisweet.checkpoint import load_encoder, public_name
 from minisweet.exits import Answer, MultiExitModel, build_models, exit_loss
 from minisweet.layers import TransformerEncoder
+from minisweet.loading import ARCHITECTURES
 from minisweet.tasks import TASKS, load_examples
 from minisweet.texts import Texts, load_tokenizer
 

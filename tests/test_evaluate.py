@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 import evaluate
 from minisweet.base.files import read_json, write_json
-from minisweet.checkpoint import read_config
 from minisweet.confidence import CRITERIA, Criterion, confidence, crossfit, exits_taken, folds, rows_of
 from minisweet.exits import Answer
+from minisweet.loading import read_config
 from minisweet.metrics import area_under_curve, score
 from minisweet.run import read_run
 from minisweet.texts import Texts, load_tokenizer
@@ -170,6 +170,9 @@ def test_another_criterion_is_one_entry_for_the_sweep_and_live(copied, command, 
     lines = command(evaluate, folder, "--predict", "new.tsv", "--threshold", 0.3)[1].splitlines()
     layers = np.array([1, 2, 4])[exits_taken(sure, 0.3)]
     assert np.mean([int(line.split("\t")[2]) == layer for line, layer in zip(lines, layers, strict=True)]) > 0.99
+    monkeypatch.delitem(CRITERIA, "margin")
+    _, _, err = command(evaluate, folder, "--predict", "new.tsv", "--threshold", 0.3)
+    assert "my sweet: evaluated by margin, and CRITERIA has confidence, lte" in err
 
 
 def test_files_of_another_run_and_other_rows_are_refused(copied, run_of, command, tmp_path):

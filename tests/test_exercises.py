@@ -14,10 +14,11 @@ import torch
 
 from minisweet import MultiExitModel, load_encoder
 from minisweet.base.files import read_json
-from minisweet.checkpoint import ARCHITECTURES, CLASSIFIERS
+from minisweet.checkpoint import CLASSIFIERS
 from minisweet.confidence import CRITERIA, confidence, exits_taken
 from minisweet.exits import Answer, ExitHead
 from minisweet.inference import early_exit
+from minisweet.loading import ARCHITECTURES
 from tests import conftest
 from tests.conftest import CHECKOUT, CONFIGS, random_batch, tiny_encoder, write_model
 

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from minisweet import MultiExitModel, load_encoder
 from minisweet.base.files import read_json, write_json
-from minisweet.checkpoint import public_name, read_config
+from minisweet.checkpoint import public_name
 from minisweet.exits import HEADS, METHODS, Answer, LearningToExitHead, exit_loss
 from minisweet.hub import home
 from minisweet.inference import early_exit
+from minisweet.loading import read_config
 from tests import conftest
 from tests.conftest import (
     CONFIGS,

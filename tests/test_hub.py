@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from minisweet import hub
-from minisweet.checkpoint import read_config
+from minisweet.loading import read_config
 from tests.conftest import CONFIGS, refused
 from tests.hub_server import HubServer
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 import train
 from minisweet import MultiExitModel, build_multi_model, load_encoder
-from minisweet.checkpoint import new_encoder
 from minisweet.confidence import CRITERIA, confidence, exits_taken
 from minisweet.exits import HEADS, METHODS, Answer, build_models, exit_costs, pool
 from minisweet.inference import early_exit
+from minisweet.loading import new_encoder
 from tests import conftest
 from tests.conftest import CONFIGS, answers_of, random_batch, rewrite, tiny_encoder, undecided_models, write_model
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from minisweet.base.files import read_json
-from minisweet.checkpoint import read_config
 from minisweet.defaults import default_exit_layers, default_learning_rate, fill_in
 from minisweet.exits import HEADS, METHODS
+from minisweet.loading import read_config
 from minisweet.run import check_output, load_models, read_run, save_run
 from minisweet.tasks import PAPER_STEPS, TASKS, Task
 from minisweet.texts import Examples, Texts, load_tokenizer

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from minisweet.checkpoint import read_config
+from minisweet.loading import read_config
 from minisweet.texts import CHARACTERS, POOL, Examples, Texts, load_tokenizer, special_ids
 from tests.conftest import WORDS, refused, write_model
 

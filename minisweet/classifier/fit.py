@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minisweet.base.devices import choose_device, choose_precision, device_name
 from minisweet.base.files import LOG, InputError
-from minisweet.checkpoint import WEIGHTS, load_encoder, read_config
+from minisweet.checkpoint import load_encoder
 from minisweet.classifier.bag_of_words import NgramExit, fit_ngrams
 from minisweet.classifier.options import CommonOptions, TrainingOptions, name_of, number, option, whole_number
 from minisweet.classifier.probe import embed, fit_probe, with_linear_head
@@ -35,6 +35,7 @@ from minisweet.config import Config
 from minisweet.defaults import default_batch_size, default_epochs, default_learning_rate
 from minisweet.exits import MultiExitModel
 from minisweet.hub import model_folder
+from minisweet.loading import WEIGHTS, read_config
 from minisweet.texts import Examples, Texts, load_tokenizer, special_ids
 
 EPOCHS, STEPS = 4, 200  # the least epochs and steps of fine-tuning (tried.md)

@@ -8,7 +8,6 @@ from safetensors.torch import save as to_bytes
 
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError, json_lines, read_dataclass, written_beside
-from minisweet.checkpoint import new_encoder, read_config
 from minisweet.classifier.bag_of_words import NgramExit
 from minisweet.classifier.cascade import Logits
 from minisweet.classifier.operating_point import OperatingPoint
@@ -26,6 +25,7 @@ from minisweet.classifier.run import (
 from minisweet.classifier.state import FitRecord, State, Trained
 from minisweet.classifier.training import in_float32
 from minisweet.exits import MultiExitModel
+from minisweet.loading import new_encoder, read_config
 
 BAG, OPERATING = "bag_of_words.safetensors", "operating.json"
 

@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from minisweet.base.files import InputError, read_dataclass, read_json, write_json, written_beside
-from minisweet.checkpoint import OURS, WEIGHTS, load_strict, open_weights
 from minisweet.classifier.options import TrainingOptions
 from minisweet.exits import MultiExitModel
 from minisweet.fast import no_initial_weights
+from minisweet.loading import OURS, WEIGHTS, load_strict, open_weights
 from minisweet.texts import Examples, load_tokenizer
 
 RECORD, CONFIG, TOKENIZER, VALIDATION = "run.json", "config.json", "tokenizer.json", "validation.jsonl"

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from minisweet.base.files import InputError, read_json
-from minisweet.checkpoint import load_parts, read_config
+from minisweet.checkpoint import load_parts
 from minisweet.classifier.folder import load_model, read_fit_record
 from minisweet.classifier.rows import LabelType
 from minisweet.classifier.run import is_run
 from minisweet.exits import MultiExitModel
+from minisweet.loading import read_config
 
 
 class Trunk(NamedTuple):

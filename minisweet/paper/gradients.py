@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from minisweet.base.commands import Parser, number, path_to
 from minisweet.base.devices import choose_device
 from minisweet.base.files import InputError, written_beside
-from minisweet.checkpoint import read_config
 from minisweet.exits import MultiExitModel, exit_loss
+from minisweet.loading import read_config
 from minisweet.run import load_models, read_run
 from minisweet.texts import Batch, Texts, load_tokenizer
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from minisweet import plots
 from minisweet.base.files import read_json, written_beside
-from minisweet.checkpoint import read_config
 from minisweet.exits import METHODS
+from minisweet.loading import read_config
 from minisweet.run import EVALUATION, read_run
 
 SHARES = [Fraction(1, 24), *(Fraction(n, 12) for n in range(1, 13)), *(Fraction(n, 4) for n in (5, 6, 7))]

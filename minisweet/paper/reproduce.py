@@ -21,10 +21,10 @@ from shlex import join
 from minisweet.base.commands import Parser, list_of, number, positive_number
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError, read_json, written_beside
-from minisweet.checkpoint import read_config
 from minisweet.defaults import check_exit_layers, search_rates
 from minisweet.exits import METHODS
 from minisweet.hub import CLONE, model_folder
+from minisweet.loading import read_config
 from minisweet.options import WHAT, WHERE, add_training_options
 from minisweet.paper import report
 from minisweet.run import EVALUATION, RECORD, read_run

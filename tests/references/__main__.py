@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import save_file
 
 from minisweet import load_encoder
-from minisweet.checkpoint import public_name, read_config
+from minisweet.checkpoint import public_name
 from minisweet.hub import model_folder
+from minisweet.loading import read_config
 from tests.conftest import CONFIGS
 
 # Two heads of size 8, because equal numbers hide a mix-up, and an epsilon large enough to show.
