@@ -232,14 +232,19 @@ def by_rows() -> dict[str, str]:
         name = f"{LISTS[key[0]]}, {key[1]:,}" + (f" and {key[2]:,} unlabelled" if key[2] else "")
         means = {way: values("score", key, way).mean() for way in RIVALS if len(values("score", key, way))}
         best = max(means, key=means.__getitem__)
-        gap = cells(values("score", key, "deployed") - values("score", key, best), sign="+")[0]
+        lead = cells(values("score", key, "deployed") - values("score", key, best), sign="+")[0]
         texts = [f"{best} {both(key, best)}", both(key, "full depth"), both(key, "deployed")]
-        main.append([name, *texts, show("share", key, "deployed").partition(" ")[0], gap])
+        main.append([name, *texts, show("share", key, "deployed").partition(" ")[0], lead])
         outcome = [show(column, key, "deployed") for column in ("lost", "share", "ece")]
-        over = values("confidence", key, "deployed")
-        over = cells(over - values("score", key, "deployed"), sign="+")[0] if len(over) else ""
-        lost += [[name, *outcome, over]] * (outcome[1][:5] != "100.0" and not key[2] or bool(over))
-    first, last = "texts, labelled rows", ["lost of 100", "layers run, %", "calibration error", "confidence − accuracy"]
+        sure, gap = values("confidence", key, "deployed"), ""
+        if len(sure):
+            over = sure - values("score", key, "deployed")
+            gap = f"{over.min():+.1f} to {over.max():+.1f}"
+        lost += [[name, *outcome, gap]] * (outcome[1][:5] != "100.0" and not key[2] or bool(gap))
+    first, last = (
+        "texts, labelled rows",
+        ["lost of 100", "layers run, %", "calibration error", "confidence − accuracy, by draw"],
+    )
     head = [first, "best rival", "full model", "early exit", "layers run, %", "early exit − rival"]
     times = {
         side["side"]: side
