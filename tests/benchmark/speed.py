@@ -49,7 +49,7 @@ for line in sys.stdin:
 FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 POINTS = {"full depth": 1.0, "deployed": None, "bag of words": 0.0}  # thresholds
 BATCHES = {"one_by_one": 1, "in_batches": 32}  # texts at once
-FEW = 64  # texts of a number of words
+FEW = 16  # texts of a number of words
 Step = Callable[[list[str]], list]  # answers texts at once, by class and layer (None where there is one exit)
 
 

@@ -52,8 +52,8 @@ README_LONG += [("full depth", "our file, full depth", "`fit`, full depth")]
 README_LONG += [("deployed", "our file, deployed", "`fit`, early exit")]
 # The page's sides by numbers of words.
 TIMES = {"one_by_one": "ms, one by one", "in_batches": "ms, in batches"}  # of speed.csv
-UNSHOWN = "bag of words$|unlabelled texts, full depth"  # sides that the page's table leaves out
-WORDS = [("float32", side) for side in ("our file, bag of words", RIVALS[0], STATIC, "our classifier, full depth")]
+UNSHOWN = "bag of words$|unlabelled texts|^transformers|^ONNX Runtime, int8"  # sides that the page's table leaves out
+WORDS = [("float32", side) for side in ("our file, bag of words", RIVALS[0], "our classifier, full depth")]
 WORDS += [(kind, "our file, full depth") for kind in ("float32", "int8")]
 
 
@@ -293,14 +293,19 @@ def by_rows() -> dict[str, str]:
         name = f"{LISTS[key[0]]}, {key[1]:,}" + (f" and {key[2]:,} unlabelled" if key[2] else "")
         means = {way: values("score", key, way).mean() for way in RIVALS if len(values("score", key, way))}
         best = max(means, key=means.__getitem__)
-        gap = cells(values("score", key, "deployed") - values("score", key, best), sign="+")[0]
+        lead = cells(values("score", key, "deployed") - values("score", key, best), sign="+")[0]
         texts = [f"{best} {both(key, best)}", both(key, "full depth"), both(key, "deployed")]
-        main.append([name, *texts, show("share", key, "deployed").partition(" ")[0], gap])
+        main.append([name, *texts, show("share", key, "deployed").partition(" ")[0], lead])
         outcome = [show(column, key, "deployed") for column in ("lost", "share", "ece")]
-        over = values("confidence", key, "deployed")
-        over = cells(over - values("score", key, "deployed"), sign="+")[0] if len(over) else ""
-        lost += [[name, *outcome, over]] * (outcome[1][:5] != "100.0" and not key[2] or bool(over))
-    first, last = "texts, labelled rows", ["lost of 100", "layers run, %", "calibration error", "confidence − accuracy"]
+        sure, gap = values("confidence", key, "deployed"), ""
+        if len(sure):
+            over = sure - values("score", key, "deployed")
+            gap = f"{over.min():+.1f} to {over.max():+.1f}"
+        lost += [[name, *outcome, gap]] * (outcome[1][:5] != "100.0" and not key[2])
+    first, last = (
+        "texts, labelled rows",
+        ["lost of 100", "layers run, %", "calibration error", "confidence − accuracy, by draw"],
+    )
     head = [first, "best rival", "full model", "early exit", "layers run, %", "early exit − rival"]
     times = {
         side["side"]: side
@@ -334,7 +339,9 @@ def speed() -> dict[str, str]:
     def titled(kind: str, side: str) -> str:
         return f"{side}, int8" if kind == "int8" else side
 
-    shown = [(kind, side) for texts, kind, side in found if texts == "list" and not re.search(UNSHOWN, side)]
+    shown = [
+        (kind, side) for texts, kind, side in found if texts == "list" and not re.search(UNSHOWN, titled(kind, side))
+    ]
     both = [(texts, column) for texts in ("list", "long") for column in TIMES]
     page = [row(titled(*side), *side, both) for side in shown]
     for line, side in zip(page, shown, strict=True):
