@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minisweet.classifier import bag_of_words
 from minisweet.classifier.bag_of_words import NgramExit, fit_ngrams
-from minisweet.classifier.training import leaves
+from minisweet.classifier.cascade import leaves
 from tests.conftest import random_bag
 
 V, CLS, SEP, PAD, UNKNOWN = 60, 1, 2, 0, 3

@@ -15,7 +15,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from minisweet.classifier import fit
+from minisweet.classifier import training
 from minisweet.paper import report
 from tests import benchmark
 from tests.benchmark import CHECKOUT, CLASSIFIER, by_rows, own_text, promises, read_rows, speed, tables
@@ -256,7 +256,7 @@ def test_draws_write_a_row_for_each_kind(copies, monkeypatch):
     assert run(promises, "--draws", 2, "--write") == 0
     rows = read_rows(copies / "CLASSIFIER" / "promises.csv")
     assert [(row["texts"], row["draws"]) for row in rows] == [(line.name, "2") for line in lines]
-    full_depth = 100 * (lines[0].pool.model.argmax(-1).numpy() == lines[0].pool.labels).mean()
+    full_depth = 100 * (lines[0].pool.logits[1].argmax(-1).numpy() == lines[0].pool.labels).mean()
     assert {float(row["full_depth"]) for row in rows} == {round(full_depth, 1)}
 
 
@@ -272,7 +272,7 @@ def test_runs_are_added_once(copies, run_of):
 @pytest.mark.slow
 def test_the_studies_run_as_they_stand_on_the_page(place, copies, monkeypatch):
     pytest.importorskip("sklearn", reason="scikit-learn, which TF-IDF needs, is missing")
-    monkeypatch.setattr(fit, "STEPS", 1)
+    monkeypatch.setattr(training, "STEPS", 1)
     monkeypatch.setattr(own_text, "TRAIN", 60)
     for name in ("LIST_TEST_ROWS", "LONG_TEST_ROWS"):
         monkeypatch.setattr(by_rows, name, 40)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisweet.classifier.cascade import PRIOR_OF_WEIGHT, CascadeRule, Logits, fit_answer, fit_cascade
+from minisweet.classifier.cascade import PRIOR_OF_WEIGHT, answers_of, at_exit_0, at_full_depth, fit_answer, fit_rule
 from minisweet.confidence import fit_temperature
 
 
@@ -21,14 +21,9 @@ def random_logits(*shape: int) -> torch.Tensor:
     return 3 * torch.from_numpy(np.random.default_rng(0).standard_normal(shape)).float()  # the same in every version
 
 
-def logits_of(bag: torch.Tensor, model: torch.Tensor, labels: torch.Tensor) -> Logits:
-    """Logits of different texts, each a unit by itself."""
-    return Logits(bag, model, labels.numpy(), np.arange(len(labels)), np.arange(len(labels)))
-
-
 def test_decisions_at_a_threshold_are_those_of_a_plain_loop():
-    bag, model = random_logits(2, 300, 3)
-    answers = CascadeRule(2.0, 0.5, 0.3).answers(logits_of(bag, model, torch.zeros(300).long()))
+    bag, model = logits = random_logits(2, 300, 3)
+    answers = answers_of(logits, (2.0, 0.5, 0.3), np.zeros(300, int), np.arange(300))
     for threshold in (0.0, 1 / 3, 0.5, float(answers.confidence[7]), 1.0):
         for n in range(300):
             sure = (bag[n] / 2).softmax(-1).max()
@@ -42,10 +37,10 @@ def test_decisions_at_a_threshold_are_those_of_a_plain_loop():
 def test_without_labels_full_depth_keeps_its_temperature():
     logits = random_logits(4000, 3)
     labels = drawn_labels(logits / 2, 0)  # so that 2 is the right temperature
-    some = logits_of(logits * 0.3, logits, labels)
-    assert fit_cascade(some, False)[:2] == pytest.approx([0.6, 2.0], rel=0.1)
+    both, labels = torch.stack([logits * 0.3, logits]), labels.numpy()
+    assert fit_rule(both, labels, False)[:2] == pytest.approx([0.6, 2.0], rel=0.1)
     for combines in (False, True):  # no label, no say
-        rule = fit_cascade(some._replace(labels=some.labels * 0 - 1), combines)
+        rule = fit_rule(both, labels * 0 - 1, combines)
         assert rule == (pytest.approx(fit_temperature(logits * 0.3, logits.argmax(-1))), 1.0, 0.0)
 
 
@@ -76,10 +71,10 @@ def test_few_texts_choose_little_of_the_weight():
 def test_full_depth_is_fitted_to_labels_first_and_the_bag_then_to_its_answers():
     (bag, model), has_label = random_logits(2, 600, 3), torch.arange(600) < 300
     labels = drawn_labels(model / 2 + bag / 2, 2).where(has_label, -1)
-    rule = fit_cascade(logits_of(bag, model, labels), True)
+    rule = fit_rule(torch.stack([bag, model]), labels.numpy(), True)
     calibrated = bag / fit_temperature(bag[has_label], labels[has_label])
     T, w = fit_answer(model[has_label], calibrated[has_label], labels[has_label])
     full = model / T + w * calibrated
-    torch.testing.assert_close(rule.at_full_depth(bag, model), full)
+    torch.testing.assert_close(at_full_depth(bag, model, rule), full)
     first = bag / fit_temperature(bag, labels.where(has_label, full.argmax(-1)))
-    torch.testing.assert_close(rule.at_exit_0(bag), first)
+    torch.testing.assert_close(at_exit_0(bag, rule), first)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from minisweet import load_encoder
-from minisweet.classifier.fit import load_trunk
+from minisweet.classifier.probe import load_classifier
 from minisweet.hub import home
 from tests import conftest
 from tests.conftest import CONFIGS, random_batch, reconfigure, rewrite, without_1, write_classifier, write_model
@@ -114,14 +114,12 @@ def test_a_finished_classifiers_logits_are_those_of_transformers(tmp_path, model
     theirs.save_pretrained(tmp_path)
     (tmp_path / "1_Pooling").mkdir()  # left by the sentence encoder; the classifier reads [CLS] all the same
     (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    trunk = load_trunk(tmp_path)
+    model, labels = load_classifier(tmp_path)
     ids, mask, types = random_batch()
     read = {"input_ids": without_1(ids), "attention_mask": mask}
     read |= {} if model_type == "mpnet" else {"token_type_ids": types}
-    assert trunk.labels == ["no", "yes"]
-    torch.testing.assert_close(
-        trunk.model(without_1(ids), mask, types)[0].logits, theirs(**read).logits, atol=1e-5, rtol=0
-    )
+    assert labels == ["no", "yes"]
+    torch.testing.assert_close(model(without_1(ids), mask, types), theirs(**read).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +137,7 @@ def test_a_classifier_that_is_no_trunk_is_refused(tmp_path, changes, words):
     rewrite(folder, lambda tensors: tensors | {"qa_outputs.bias": torch.zeros(2)})
     load_encoder(folder)  # which needs none of the heads
     rewrite(folder, lambda tensors: {name: t for name, t in tensors.items() if name != changes.get("left_out")})
-    assert words in conftest.refused(load_trunk, folder)
+    assert words in conftest.refused(load_classifier, folder)
 
 
 PUBLISHED = {  # last hidden states [0, 1:4, 1:4], as published with the reference implementations of these checkpoints

@@ -1,84 +1,94 @@
 """Runs of own text: what is loaded is what was saved, and nothing else is; what does not fit is refused in one line."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from minisweet import EarlyExitClassifier
 from minisweet.base.files import read_json, write_json
-from minisweet.classifier.folder import load_state, save_state
-from minisweet.classifier.promise import Goal
-from minisweet.classifier.state import State, choose_state
-from minisweet.texts import Examples
-from tests.conftest import WORDS, random_bag, random_batch, refused
+from minisweet.classifier.main import fit
+from tests.conftest import opinions, random_batch, refused, run, write_rows
+
+FILES = "bag_of_words.safetensors", "logits.safetensors", "model.safetensors", "operating.json", "validation.jsonl"
 
 
-def load(folder: Path, amp: str = "off") -> State:
-    return load_state(folder, None, "cpu", amp, 32)
+def load(folder: Path) -> EarlyExitClassifier:
+    return EarlyExitClassifier.load(folder, amp="off")
 
 
-def test_what_is_loaded_is_what_was_saved(own_run, tmp_path):
-    rows = ['the film a "bad"\n\u2028 film', *WORDS[:12]]
-    groups, labels = [f"group {n % 5}" for n in range(12)], [n % 3 - 1 for n in range(13)]
-    validation = Examples(rows, None, labels, groups=[None, *groups])
-    trained = load(own_run).trained._replace(bag=random_bag(2), validation=validation)
-    made = choose_state(trained, Goal(max_lost=40.0, sure=60.0), torch.device("cpu"), None)
-    save_state(tmp_path / "run", made, overwrite=False)
+@pytest.mark.parametrize("labels", [("a \u2028\n c", "b"), (2, 10), (0.5, 2.0), (False, True)])
+def test_what_is_loaded_is_what_was_saved(own_run, tmp_path, labels):
+    """The labels as JSON has them, groups and rows without a label too."""
+    rows = opinions(90)
+    texts, groups = [text for text, _ in rows], [f"group {n // 2}" if n % 3 else None for n in range(90)]
+    names = [None if n == 5 else labels[label == "up"] for n, (_, label) in enumerate(rows)]
+    options = {"model": str(own_run.parent / "tiny"), "max_length": 32, "amp": "off", "epochs": 1, "lr": 3e-3}
+    made = EarlyExitClassifier(**options, max_lost=40, sure=60)
+    made.fit(texts, names, groups=groups, unlabelled=[text for text, _ in opinions(150)[90:]])
+    made.save(tmp_path / "run")
     again = load(tmp_path / "run")
-    assert (again.trained.record, again.trained.about, again.point) == (trained.record, trained.about, made.point)
-    assert again.trained.validation == validation
-    for module, as_made, inputs in (("model", trained.model, 3), ("bag", trained.bag, 2)):
+    assert (again.operating_point, again.record, again.get_params()) == (
+        made.operating_point,
+        made.record,
+        made.get_params() | {"lr": 3e-3, "batch_size": 16},
+    )
+    assert again.cascade.labels == sorted({*names} - {None}) == [*map(type(labels[1]), again.cascade.labels)]
+    for part, inputs in (("model", 3), ("bag", 2)):
         batch = random_batch()[:inputs]
-        torch.testing.assert_close(getattr(again.trained, module)(*batch), as_made(*batch), rtol=0, atol=0)
-    for ours, theirs in zip(again.logits, made.logits, strict=True):
+        ours, theirs = (getattr(classify.cascade, part)(*batch) for classify in (again, made))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert again.validation.texts.examples == made.validation.texts.examples._replace(names=None)
+    for ours, theirs in zip(again.validation[1:], made.validation[1:], strict=True):
         assert np.array_equal(ours, theirs)
-    assert len({*again.logits.units}) == 6
-    assert read_json(tmp_path / "run" / "operating.json")["goal"] == {"max_lost": 40, "sure": 60}
+    assert again.classify(texts[:9]) == made.classify(texts[:9])
+
+
+@pytest.fixture(scope="module")
+def two_runs(own_run, tmp_path_factory) -> list[Path]:
+    """Two runs with one trunk, so that their models are equal, and as many validation rows."""
+    folder = tmp_path_factory.mktemp("two")
+    for name, rows in (("a", opinions(1000)[800:900]), ("b", opinions(1000)[900:])):
+        path = write_rows(folder / f"{name}.csv", rows, "text", "label")
+        assert run(fit, path, "--trunk", own_run, "--out", folder / name, "--amp", "off") == 0
+    return [folder / "a", folder / "b"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_another_run_and_missing_ones_are_refused(two_runs, tmp_path, name):
+    """Even if both runs have the same model."""
+    (a, b), mixed = two_runs, tmp_path / "mixed"
+    assert (a / "config.json").read_bytes() == (b / "config.json").read_bytes()
+    shutil.copytree(a, mixed)
+    assert load(mixed).operating_point == load(a).operating_point
+    shutil.copy(b / name, mixed)
+    assert f"{name}: belongs to another run than run.json beside it" in refused(load, mixed)
+    (mixed / name).unlink()
+    assert f"{name}: not readable" in refused(load, mixed) or "no readable model" in refused(load, mixed)
+
+
+def test_validation_rows_that_were_cut_or_changed_are_refused(own_run, tmp_path):
+    mixed = Path(shutil.copytree(own_run, tmp_path / "run"))
+    lines = (mixed / "validation.jsonl").read_text().splitlines(True)
+    (mixed / "validation.jsonl").write_text("".join(lines[:10]))
+    assert refused(load, mixed).endswith("run.json beside it, or changed: 10 rows, should be 160")
+    (mixed / "validation.jsonl").write_text("".join(lines[1:] + lines[:1]))
+    assert "validation.jsonl: belongs to another run than run.json beside it, or changed" in refused(load, mixed)
 
 
 @pytest.mark.parametrize(
     ("name", "key", "value", "message"),
     [
-        ("operating.json", "goal", {"max_lost": 200}, "operating.json: goal: max_lost: 200, should be a number from"),
-        ("operating.json", "id", "0", "operating.json: belongs to other weights than the model beside it"),
-        ("run.json", "fit", {}, "run.json: fit: head is missing"),
-        (
-            "run.json",
-            "fit",
-            {"head": "pooler", "training_groups": [], "validation_groups": []},
-            "heads.0.pooler.weight is missing and should be",
-        ),
-        ("run.json", "metric", "f1", "run.json: metric is 'f1', should be one of "),
+        ("operating.json", "id", "0", "operating.json: belongs to another run than run.json beside it"),
+        ("operating.json", "share", "a", "operating.json: share is 'a', should be float"),
+        ("run.json", "head", "pooler", "head.pooler.weight is missing and should be"),
+        ("run.json", "program", "", "a run of train.py, which is evaluated by: python evaluate.py"),
     ],
 )
 def test_what_does_not_fit_is_named(own_run, tmp_path, name, key, value, message):
     run = Path(shutil.copytree(own_run, tmp_path / "run"))
     write_json(run / name, read_json(run / name) | {key: value})
     assert message in refused(load, run)
-
-
-def test_files_of_another_run_and_missing_ones_are_refused(own_run, run_of, tmp_path):
-    for name in ("bag_of_words", "logits", "model"):
-        run = Path(shutil.copytree(own_run, tmp_path / name))
-        shutil.copy(run_of("bag") / f"{name}.safetensors", run)
-        assert f"{name}.safetensors: belongs to " in refused(load, run)
-        (run / f"{name}.safetensors").unlink()
-        assert "(No such file" in refused(load, run)
-
-
-def test_the_summary_tells_who_judges(own_run):
-    state = load(own_run)
-
-    def lines(**changes) -> list[str]:
-        logits = state.logits._replace(**changes)
-        point = state.trained.choose(logits, Goal())
-        return replace(state, logits=logits, point=point).summary().splitlines()
-
-    grouped = lines(units=state.logits.units // 2**10)
-    assert "of 160 validation rows judge, one of each text and group; a quarter chooses" in grouped[-2]
-    constant = torch.eye(2)[0].expand(160, 2)
-    assert "full depth is no better than the majority class" in "".join(lines(bag=constant, model=constant))
-    assert "majority class" not in "".join(grouped)
+    assert "train one with minisweet fit" in refused(load, tmp_path)

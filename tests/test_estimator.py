@@ -32,9 +32,9 @@ def opinions_of(part: slice) -> tuple[list[str], list[str]]:
     return tuple(map(list, zip(*opinions(1000)[part], strict=True)))
 
 
-def test_the_example_of_its_docstring(new, tmp_path):
+def test_the_example_of_its_docstring(new, own_run, tmp_path):
     texts, labels = opinions_of(slice(100))
-    classify = new()
+    classify = new(model=own_run.parent / "tiny")  # a path is text, too
     random_state = torch.get_rng_state()
     assert classify.fit(texts, labels) is classify
     assert torch.get_rng_state().equal(random_state)
@@ -61,7 +61,7 @@ def test_scikit_learn_takes_it(new):
     classify, (texts, labels) = new(), opinions_of(slice(60))
     clone = base.clone(classify.set_params(seed=3))
     assert clone.get_params() == classify.get_params() != new().get_params()
-    assert (repr(clone), base.is_classifier(clone), hasattr(clone, "classes_")) == (repr(classify), True, False)
+    assert (base.is_classifier(clone), hasattr(clone, "classes_")) == (True, False)
     assert cross_val_score(classify, texts, np.array(labels), cv=2).mean() > 0.6
     strip = FunctionTransformer(lambda texts: [text.removeprefix("> ") for text in texts])
     pipeline = Pipeline([("strip", strip), ("classify", clone)]).fit([f"> {text}" for text in texts], labels)
@@ -72,7 +72,7 @@ def test_scikit_learn_takes_it(new):
 def test_columns_are_in_the_order_of_numpy(new):
     texts, labels = opinions_of(slice(60))
     classify = new().fit(texts, ["2" if label == "up" else "10" for label in labels])
-    assert (classify.state.labels, classify.classes_.tolist()) == (["2", "10"], ["10", "2"])
+    assert (classify.cascade.labels, classify.classes_.tolist()) == (["2", "10"], ["10", "2"])
     assert classify.classes_[classify.predict_proba(texts).argmax(1)].tolist() == classify.predict(texts).tolist()
 
 
@@ -84,7 +84,7 @@ def test_labels_keep_their_type(new, tmp_path, names, kind):
     labels = [None if n == 7 else names[label == "up"] for n, label in enumerate(labels)]
     new().fit(texts, labels).save(tmp_path / "run")
     classify = EarlyExitClassifier.load(tmp_path / "run")
-    assert ({*map(type, classify.state.labels)}, classify.classes_.tolist()) == ({kind}, sorted(names))
+    assert ({*map(type, classify.cascade.labels)}, classify.classes_.tolist()) == ({kind}, sorted(names))
     assert {answer.label for answer in classify.classify(texts)} <= {*names}
     assert classify.predict(texts).dtype == classify.predict([]).dtype == classify.classes_.dtype
     assert classify.predict_proba([]).shape == (0, 2)
@@ -93,22 +93,27 @@ def test_labels_keep_their_type(new, tmp_path, names, kind):
 def test_without_labels_a_trunk_is_enough_and_its_labels_keep_their_type(new, tmp_path):
     texts, trunk = opinions_of(slice(80))[0], str(tmp_path / "trunk")
     new().fit(texts, [n % 3 for n in range(80)]).save(trunk)
-    classify = new(trunk=trunk).fit(None, None, unlabelled=opinions_of(slice(100, 200))[0])
+    beside = {"model": "minilm-l6", "lr": None, "epochs": None, "trunk": trunk}
+    classify = new(**beside).fit(None, None, unlabelled=opinions_of(slice(100, 200))[0])
     assert (classify.classes_.tolist(), classify.operating_point.labelled_judges) == ([0, 1, 2], 0)
-    some = new(trunk=trunk)
-    some.fit(texts[:40], ["02"[n % 2] if n % 3 else None for n in range(40)]).save(tmp_path / "some")
+    some = new(**beside)
+    others = opinions_of(slice(300, 340))[0]  # which the trunk has not seen
+    some.fit(others, ["02"[n % 2] if n % 3 else None for n in range(40)]).save(tmp_path / "some")
     again = EarlyExitClassifier.load(tmp_path / "some")
     assert (again.classes_.tolist(), again.trunk) == ([0, 1, 2], trunk)
-    for few, message in (([], "no row has a label"), (["a film"], "too few validation texts")):
-        assert message in refused(new(trunk=trunk).fit, None, None, unlabelled=few)
+    for few, message in (([], "no text is left to learn from"), (["a film"], "too few validation texts")):
+        assert message in refused(new(**beside).fit, None, None, unlabelled=few)
+    for option, value in (("model", "x"), ("lr", 1.0), ("epochs", 1)):
+        told = f"{option}: cannot stand beside a trunk: nothing but the bag of words is trained then"
+        assert refused(new(**beside | {option: value}).fit, None, None, unlabelled=texts) == told
 
 
 def test_rows_to_validate_on_and_more_unlabelled_texts(new):
     texts, labels = opinions_of(slice(90))
     more = texts[15:50] + texts[70:]  # the more, so that the model learns of them
     classify = new().fit(np.array(texts[:15]), labels[:15], unlabelled=more, validation=(texts[50:70], labels[50:70]))
-    assert list(classify.state.trained.record.losses) == ["fine-tuning", "learning from its own answers"]
-    assert classify.state.trained.validation.first == texts[50:70]
+    assert list(classify.record.losses) == ["fine-tuning", "learning from its own answers"]
+    assert classify.validation.texts.examples.first == texts[50:70]
 
 
 GOOD = opinions_of(slice(40))
@@ -118,10 +123,12 @@ BAD = [
     (GOOD[0], [1, "x"] * 20, {}, "labels: int and str are mixed, should be of one type"),
     (*GOOD, {"validation": (["a"], [1])}, "labels: int and str are mixed, should be of one type"),
     (GOOD[0], [HTTPStatus.OK] * 40, {}, "item 0: <HTTPStatus.OK: 200> is not a label, should be text or a number"),
-    (GOOD[0], ["x", "\ud800"] * 20, {}, r"item 1: '\ud800' holds half of a character"),
-    (*GOOD, {"dev_size": 200}, "dev_size: 200, should be "),
+    (GOOD[0], ["x", "x\0"] * 20, {}, r"labels: NumPy changes some, or mixes them up: 'x', 'x\x00'; rename them"),
+    (*GOOD, {"dev_size": 200}, "dev_size: '200', should be "),
+    (*GOOD, {"epochs": True}, "epochs: 'True', should be a whole number from 1 to "),
+    (*GOOD, {"seed": None}, "seed: 'None', should be a whole number from 0 to "),
     (*GOOD, {"unlabelled": ["a", 5]}, "unlabelled: item 1: 5, should be one text"),
-    (*GOOD, {"max_lost": float("nan")}, "max_lost: nan, should be a number from 0.01 to 99.99"),
+    (*GOOD, {"max_lost": float("nan")}, "max_lost: 'nan', should be a number from 0.01 to 99.99"),
     (*GOOD, {"groups": ["a"]}, "groups: 1, should be as many as the texts, 40"),
     (*GOOD, {"unlabelled": ["a"], "unlabelled_groups": "a"}, "unlabelled_groups: 'a', should be a list"),
     ([" "] * 40, GOOD[1], {}, "texts: all of them are empty"),
@@ -132,7 +139,7 @@ BAD = [
 
 @pytest.mark.parametrize(("texts", "labels", "options", "message"), BAD, ids=[row[3] for row in BAD])
 def test_what_cannot_be_trained_on_is_named(new, monkeypatch, texts, labels, options, message):
-    monkeypatch.setattr("minisweet.classifier.fit.fine_tune", None)  # nothing is trained before
+    monkeypatch.setattr("minisweet.classifier.training.fine_tune", None)  # nothing is trained before
     of_fit = {name: options[name] for name in options.keys() - PARAMETERS.keys()}
     classify = new(**{name: options[name] for name in options.keys() & PARAMETERS.keys()})
     assert refused(classify.fit, texts, labels, **of_fit).startswith(message)
@@ -145,7 +152,7 @@ def test_a_second_fit_that_fails_leaves_the_first_model_whole(new, tmp_path, mon
     error = refused(classify.set_params(lr=1e30).fit, texts, ["x", "y"] * 20)
     assert error.startswith("lr: at 1e+30 the loss became infinite or NaN")
     with monkeypatch.context() as patch:
-        patch.setattr("minisweet.classifier.state.choose", Mock(side_effect=MemoryError))
+        patch.setattr("minisweet.classifier.estimator.choose", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
             classify.set_params(lr=3e-3).fit(texts, ["x", "y"] * 20)
     assert classify.classify(texts) == before
@@ -170,7 +177,7 @@ def test_what_cannot_be_answered_is_named(own_run):
     load = EarlyExitClassifier.load
     assert refused(load(own_run).predict, ["a", None]) == "item 1: None, should be one text"
     assert refused(load, own_run, amp="bfloat16").startswith("amp: 'bfloat16', should be one of auto, off")
-    assert refused(load, own_run, threshold=1.5) == "threshold: 1.5, should be a number from 0 to 1"
+    assert refused(load, own_run, threshold=1.5) == "threshold: '1.5', should be a number from 0 to 1"
 
 
 def frame(*columns: list) -> object:
@@ -179,19 +186,16 @@ def frame(*columns: list) -> object:
     return kind()
 
 
-NA = type("NAType", (), {"__eq__": lambda *_: NA, "__ne__": lambda *_: NA, "__bool__": lambda _: 1 / 0})()  # pandas'
-
-
 def test_frames_series_and_columns_are_taken_and_another_length_is_not(new, caplog):
     texts, labels = opinions_of(slice(60))
-    classify = new().fit(frame([*texts, " "]), frame([*labels[:-1], NA, "up"]))
+    classify = new().fit(frame([*texts, " "]), frame([*labels[:-1], None, "up"]))
     assert "empty texts, skipped: 1" in caplog.text
     assert classify.predict(frame(texts)).tolist() == classify.predict(texts).tolist()
     expected = classify.score(texts, labels)
     for y in (frame(labels), np.array(labels)[:, None], iter(labels)):
         assert classify.score(frame(texts), y) == expected > 0.6
     assert refused(classify.score, [], []) == "texts: there are none"
-    assert refused(classify.score, texts, [NA] * 60) == "item 0: has no label"
+    assert refused(classify.score, texts, [float("nan")] * 60) == "item 0: has no label"
 
 
 def test_verbose_tells_and_else_it_is_silent_on_a_terminal_too(new, capsys, monkeypatch):
@@ -212,7 +216,8 @@ def test_what_the_commands_do_is_done_from_python(new, tmp_path):
     others = opinions_of(slice(300, 400))
     found = classify.test(*others)
     assert found["score"] == pytest.approx(100 * classify.score(*others), abs=3)  # texts that it has seen do not count
-    assert {"score", "macro_f1", "lost"} < found.keys() < vars(classify.operating_point).keys()
+    assert {"score", "macro_f1", "lost"} < found.keys() - {"per_class"} < vars(classify.operating_point).keys()
+    assert sum(found["per_class"]["support"]) == found["judging_texts"]
     assert "no row is left to test on" in refused(classify.test, texts, labels)
     assert classify.test([f"{text} ." for text in others[0]], [None] * 100)["score"] is None
     first, last = (explained[-1][0] for explained in classify.explain(texts[:2]))
@@ -233,7 +238,7 @@ def test_any_number_of_texts_in_order(own_run):
     for answer, expected in zip(classify.classify(many), alone * 300, strict=True):
         assert (answer.label, answer.exit_layer) == (expected.label, expected.exit_layer)
         assert answer.confidence == pytest.approx(expected.confidence, abs=1e-6)
-        assert list(answer.probabilities) == classify.state.labels
+        assert list(answer.probabilities) == classify.cascade.labels
     both = [EarlyExitClassifier.load(own_run, threshold=1, amp=amp).predict_proba(TEXTS) for amp in ("off", "bf16")]
     assert 0 < np.abs(both[0] - both[1]).max() < 0.05
 

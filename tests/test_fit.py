@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from minisweet import EarlyExitClassifier
-from minisweet.classifier.main import choose, predict, print_test
+from minisweet.classifier.cascade import Cascade
+from minisweet.classifier.main import choose, predict
 from minisweet.classifier.main import test as check
-from minisweet.classifier.state import Trained
+from minisweet.classifier.report import comparison, what_is_promised
+from minisweet.texts import Examples
 from tests.conftest import opinions, write_rows
 
 KEYS = "threshold goal choosing_texts judging_texts labelled_judges score full_depth lost share temperatures"
-KEYS += " weights per_class id precision macro_f1 exit_0"
+KEYS += " weights majority id precision macro_f1 exit_0"
 INTERVALS = {f"{name}_interval" for name in ("score", "full_depth", "exit_0", "lost", "share")}
 
 
@@ -39,7 +41,7 @@ def test_what_is_printed_is_what_is_saved(copied, command):
         assert rows[title] == [f"{point[key]:.1f}", f"{low:.1f}", "to", f"{high:.1f}", f"{share:.2f}"]
     assert (rows["deployed"][0], rows["deployed"][-1]) == (f"{point['score']:.1f}", f"{point['share']:.2f}")
     promise, last = out.splitlines()[-2:]
-    assert promise == EarlyExitClassifier.load(copied).operating_point.promise
+    assert promise == what_is_promised(EarlyExitClassifier.load(copied).operating_point)
     assert last == f"next: minisweet predict {copied} FILE.csv --out predicted.csv"
     assert point["lost"] * point["judging_texts"] / 100 == pytest.approx(round(point["lost"] * 1.2))
     assert point["judging_texts"] == 120
@@ -48,7 +50,7 @@ def test_what_is_printed_is_what_is_saved(copied, command):
 
 def test_choose_takes_another_goal_or_precision_and_is_the_same_again(own_run, copied, command, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Trained, "ask", None)  # no model runs
+        patch.setattr(Cascade, "ask_both", None)  # no model runs
         for words, goal in (
             ("", {"max_lost": 3.0, "sure": 90.0}),
             ("--max-lost 8 --sure 75", {"max_lost": 8.0, "sure": 75.0}),
@@ -70,9 +72,9 @@ def test_unlabelled_texts_teach_exit_0_and_judge(own_run, command, copied):
     assert (len(rows), len(judges), record["labels"]) == (160, 100, ["down", "up"])
     assert {*judges} < {text for text, _ in unlabelled}
     learnt = [*{text for text, _ in labelled + unlabelled} - {row["text"] for row in rows}]
-    assert set(record["trained_keys"]) == {*EarlyExitClassifier.load(own_run).state.tokenize(learnt).keys.tolist()}
+    assert set(record["trained_keys"]) == {*EarlyExitClassifier.load(own_run).cascade.tokenize(learnt).keys.tolist()}
     assert [point[f"{name}_texts"] for name in ("choosing", "judging")] == [15 + 25, 45 + 75]
-    assert sum(point["per_class"]["support"]) == 45  # the score is of the labelled ones
+    assert point["labelled_judges"] == 45  # the score is of these
     assert command(choose, copied, *"--max-lost 3 --sure 90".split())[0] == 0  # which needs no other file
     assert read(copied) == point
     write_rows(Path("all.csv"), labelled + unlabelled + new, "text", "label")
@@ -82,7 +84,7 @@ def test_unlabelled_texts_teach_exit_0_and_judge(own_run, command, copied):
     assert "\n200 rows, threshold " in out
 
 
-def test_another_file_is_tested_beside_what_was_stated(copied, run_of, command, capsys):
+def test_another_file_is_tested_beside_what_was_stated(copied, run_of, command):
     assert command(choose, copied, "--max-lost", 20, "--sure", 60)[0] == 0
     new, point = opinions(1000)[800:], read(copied)
     texts, labels = map(list, zip(*new, strict=True))
@@ -109,11 +111,11 @@ def test_another_file_is_tested_beside_what_was_stated(copied, run_of, command, 
     ):
         write_rows(Path("few.csv"), new[:rows], "text", "label")
         assert f"60% sure; {said}\n" in command(check, copied, "few.csv")[1]
-    state = EarlyExitClassifier.load(copied).state
-    answers = state.ask(state.tokenize(texts))
-    surely = torch.ones(len(texts))
-    print_test(state, answers._replace(confidence=surely, early=1 - answers.full, labels=answers.full))
-    assert "60% sure; not held here: by chance, or these texts come from another source" in capsys.readouterr().out
+    classify = EarlyExitClassifier.load(copied)
+    answers, _ = classify.ask_new(Examples(texts, None, None, names=labels), "")
+    wrong = answers._replace(confidence=torch.ones(len(texts)), early=1 - answers.full, labels=answers.full)
+    lines = comparison(*classify.deployed, classify.record, wrong)
+    assert "60% sure; not held here: by chance, or these texts come from another source" in "\n".join(lines)
     # Without labels what changes is lost, and what was stated of labels is not shown beside it.
     write_rows(Path("texts.csv"), [[text] for text in texts], "text")
     for run, promised in ((copied, True), (run_of("bag"), False)):

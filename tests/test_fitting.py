@@ -1,39 +1,37 @@
 """How `minisweet fit` trains: what a trunk keeps, what model and bag learn, and for how long."""
 
 import math
+import re
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from minisweet import EarlyExitClassifier, load_encoder
 from minisweet.base.files import read_json, write_json
-from minisweet.classifier import fit as training
-from minisweet.classifier.fit import EPOCHS, EPOCHS_AGAIN, STEPS
+from minisweet.classifier import training
+from minisweet.classifier.cascade import run_all
 from minisweet.classifier.main import choose, fit
 from minisweet.classifier.main import test as check
-from minisweet.classifier.operating_point import CHOOSING
-from minisweet.classifier.probe import embed
-from minisweet.classifier.run import read_record
-from minisweet.classifier.state import State
-from minisweet.classifier.trunk import load_trunk
+from minisweet.classifier.probe import FullModel, load_classifier
+from minisweet.classifier.promise import Goal, most_lost
+from minisweet.classifier.run import load_model, read_record
+from minisweet.classifier.split import CHOOSING
+from minisweet.classifier.training import EPOCHS, EPOCHS_AGAIN, STEPS
 from minisweet.defaults import default_epochs
 from tests import conftest
 from tests.conftest import OWN, opinions, random_batch, write_classifier, write_model, write_rows
 
-QUICK = "--epochs 1 --batch-size 512 --max-length 32".split()
+QUICK = "--batch-size 512 --max-length 32".split()
 
 
 def tensors_of(run: str, part: str = "model") -> dict[str, torch.Tensor]:
     """The tensors of a run's model or bag of words."""
     return load_file(Path(run, f"{part}.safetensors"))
-
-
-def state_of(run: str | Path) -> State:
-    return EarlyExitClassifier.load(run).state
 
 
 def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -49,8 +47,8 @@ def fitted(command):
         conftest.write_table(Path(f"{name}.csv"), ["text", "label"], {"label": ["negative", "positive"]})
 
     def run_and_read(*arguments, file=("own.csv",)) -> str:
-        model = [] if "--trunk" in arguments else ["--model", "tiny"]
-        status, out, err = command(fit, *file, *model, *QUICK, "--lr", "1e-3", *arguments)
+        model = [] if "--trunk" in arguments else ["--model", "tiny", "--epochs", 1, "--lr", "1e-3"]
+        status, out, err = command(fit, *file, *model, *QUICK, *arguments)
         assert status == 0, err
         return out + err
 
@@ -60,7 +58,8 @@ def fitted(command):
 def test_a_trunk_gets_a_bag_of_words_and_stays_as_it_is(fitted):
     """The trunk has a bag of words itself; another one is fitted."""
     fitted("--out", "trunk", file=["other.csv"])
-    assert "no layer is trained: the trunk stays as it is" in fitted("--trunk", "trunk", "--out", "run")
+    told = "no layer is trained: the trunk stays as it is, but its bag of words no longer adds to its answers\n"
+    assert told in fitted("--trunk", "trunk", "--out", "run")
     assert are_equal(tensors_of("trunk"), tensors_of("run"))
     assert not are_equal(*(tensors_of(run, "bag_of_words") for run in ("trunk", "run")))
     before, record = (read_json(Path(f"{name}/run.json")) for name in ("trunk", "run"))
@@ -80,9 +79,9 @@ def test_the_bag_learns_labels_or_what_the_trunk_answers(fitted, monkeypatch, fi
         labels = read_json(Path("a/run.json"))["labels"]
         assert (len(of_bag), of_bag.unique().tolist(), labels) == (240, [0, 1], ["negative", "positive"])
         return
-    model = state_of("one").trained.model
+    model = EarlyExitClassifier.load("one").cascade.model
     with torch.no_grad():
-        answers = torch.cat([model(ids, mask)[0].logits.softmax(-1) for ids, mask in inputs])
+        answers = torch.cat([model(ids, mask, ids * 0).softmax(-1) for ids, mask in inputs])
     torch.testing.assert_close(of_bag, answers, atol=1e-5, rtol=1e-5)
 
 
@@ -90,7 +89,9 @@ def test_pickled_weights_are_enough_and_the_record_counts_the_rows(fitted):
     torch.save(tensors_of("tiny"), "tiny/pytorch_model.bin")
     Path("tiny/model.safetensors").unlink()
     fitted("--out", "a")
-    assert read_record(Path("a")).arguments.train_size == 240
+    record = read_record(Path("a"))
+    assert (len(record.trained_keys), record.validation_rows) == (240, 60)
+    assert {"method", "trunk", "exit_layers"} & vars(record).keys() == set()
 
 
 def test_epochs_follow_from_what_is_learned(command, monkeypatch):
@@ -101,8 +102,8 @@ def test_epochs_follow_from_what_is_learned(command, monkeypatch):
     monkeypatch.setattr(training, "MOST_AGAIN", 400)
     steps, titles, options = [], [], "--model tiny --max-length 32 --batch-size 4 --out run".split()
 
-    def record(model, texts, targets, epochs: int, size: int, *_, title: str) -> list:
-        steps.append(epochs * -(-len(texts) // size))
+    def record(model, texts, targets, epochs: int, options, title: str) -> list:
+        steps.append(epochs * -(-len(texts) // options.batch_size))
         titles.append(title)
         return []
 
@@ -121,7 +122,7 @@ def test_epochs_make_so_many_steps_and_are_so_many_at_least():
 
 
 def test_a_training_that_diverges_leaves_nothing_and_replaces_no_run(fitted, command):
-    options = ["own.csv", "--model", "tiny", *QUICK, "--out", "a"]
+    options = ["own.csv", "--model", "tiny", "--epochs", 1, *QUICK, "--out", "a"]
     status, _, err = command(fit, *options, "--lr", "1e39")
     message = "minisweet fit: error: --lr: at 1e+39 the loss became infinite or NaN at step 1; try a lower one\n"
     assert (status, err.splitlines(True)[-1], Path("a").exists()) == (2, message, False)
@@ -142,21 +143,20 @@ def test_a_training_that_diverges_leaves_nothing_and_replaces_no_run(fitted, com
 
 def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, command, monkeypatch):
     """The probe starts from public weights. Where texts without labels are more than the labels, the model is heard."""
-    embedded, learned, tune, answer = [], [], training.fine_tune, training.answers_of
-    modes, bags, fit_bag = [], [], training.fit_ngrams
+    embedded, learned, tune, answer = [], [], training.fine_tune, training.answer_all
+    modes, bags, fit_bag, probe = [], [], training.fit_ngrams, training.fit_probe
 
-    def spied(encoder, texts) -> torch.Tensor:
-        assert not encoder.training
-        embedded.append((encoder.layers[-1].output.weight.clone(), texts))
-        return embed(encoder, texts)
+    def probed(head, vectors, labels) -> None:
+        embedded.append((vectors, labels))
+        probe(head, vectors, labels)
 
-    def tuned(model, texts, *settings, **title) -> list:
-        learned.append((model.heads[0].linear.weight.detach().clone(), texts, settings[0]))
-        return tune(model, texts, *settings, **title)
+    def tuned(model, texts, targets, *settings) -> list:
+        learned.append((model.head.weight.detach().clone(), texts, targets))
+        return tune(model, texts, targets, *settings)
 
-    monkeypatch.setattr(training, "embed", spied)
+    monkeypatch.setattr(training, "fit_probe", probed)
     monkeypatch.setattr(training, "fine_tune", tuned)
-    monkeypatch.setattr(training, "answers_of", lambda *given: (answer(*given), modes.append(given[1].training))[0])
+    monkeypatch.setattr(training, "answer_all", lambda *given: (answer(*given), modes.append(given[0].training))[0])
     monkeypatch.setattr(training, "fit_ngrams", lambda *given: bags.append(given[3]) or fit_bag(*given))
     write_rows(Path("few.csv"), [[text] for text, _ in opinions(400)[300:]], "text")
     Path("half.jsonl").write_text('{"text": "the film is you", "label": [1]}\n' * 2)  # labels are not read
@@ -176,21 +176,24 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
         steps = {stage: len(losses) for stage, losses in read_json(Path("run/run.json"))["losses"].items()}
         assert steps == {stage: 2 * -(-rows // 16) for stage, rows in stages.items()}
     assert (read_json(Path("run/config.json"))["pooling"], {*modes}) == ("mean", {False})  # answers without dropout
-    public = load_encoder(folder / "tiny")
+    public = load_encoder(folder / "tiny", pooling="mean")
     assert all(torch.equal(given, public.word_embeddings.weight) for given in bags)  # not those that were trained
-    for before, texts in embedded:
-        assert torch.equal(before, public.layers[-1].output.weight)
-        assert ((texts.labels >= 0).all(), len(texts)) == (True, 240)
-    (start, *_), (_, again, wanted), (same, *_) = learned
+    (start, known, _), (_, _, targets), (same, _, _) = learned
+    model = FullModel(public, torch.nn.Linear(16, 2))
+    vectors = run_all(lambda *inputs: F.normalize(model.pooled(*inputs)), known, torch.device("cpu"))
+    for found, labels in embedded:
+        torch.testing.assert_close(found, vectors, rtol=0, atol=0)
+        assert labels.tolist() == known.labels.tolist()
+    assert (len(known), (known.labels >= 0).all()) == (240, True)
     assert torch.equal(start, same)
     assert start.abs().max() > 0.1  # as the regression has it
-    np.testing.assert_array_equal(wanted[:240], np.eye(2)[again.labels[:240]])
-    assert (wanted[240:].sum(1) == pytest.approx(1), (again.labels[240:] < 0).all()) == (True, True)
+    np.testing.assert_array_equal(targets[:240], np.eye(2)[known.labels])
+    assert targets[240:].sum(1) == pytest.approx(1)
 
 
 def test_a_finished_classifier_gets_an_exit_without_any_label(own_run, command):
     """A run of fit, with texts as long, or a classifier that was trained elsewhere. It stays as it is."""
-    options = ["--unlabelled", own_run.parent / "more.csv", "--out", "run", *OWN[4:]]
+    options = ["--unlabelled", own_run.parent / "more.csv", "--out", "run", "--amp", "off"]
     theirs = write_classifier(Path("theirs"))
     for trunk, labels, length in (
         (own_run, ["down", "up"], []),
@@ -198,11 +201,32 @@ def test_a_finished_classifier_gets_an_exit_without_any_label(own_run, command):
     ):
         status, out, err = command(fit, "--trunk", trunk, *options, *length, "--overwrite")
         assert (status, "agreement with full depth" in out) == (0, True), err
-        run, record, head = state_of("run"), read_record(Path("run")), "pooler" if trunk is theirs else "linear"
-        assert (record.labels, record.arguments.max_length, record.fit["head"]) == (labels, 32, head)
-        assert (run.point.labelled_judges, run.point.full_depth, run.point.weights) == (0, 100.0, [0, 0])
-        logits = run.trained.model(*random_batch())[-1], load_trunk(trunk).model(*random_batch())[0]
-        torch.testing.assert_close(*logits, rtol=0, atol=0)
+        run, head = EarlyExitClassifier.load("run"), "pooler" if trunk is theirs else "linear"
+        assert (run.cascade.labels, run.record.arguments["max_length"], run.record.head) == (labels, 32, head)
+        point = run.operating_point
+        assert (point.labelled_judges, point.full_depth, point.weights) == (0, 100.0, [0, 0])
+        model = load_classifier(trunk)[0] if trunk is theirs else load_model(trunk, read_record(trunk))
+        torch.testing.assert_close(run.cascade.model(*random_batch()), model(*random_batch()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("words", ["--model minilm-l6", "--lr 0.1", "--epochs 1"])
+def test_what_a_trunk_would_ignore_is_refused(own_run, command, words):
+    options = ["--trunk", own_run, "--unlabelled", own_run.parent / "more.csv", "--out", "run"]
+    message = f"{words.split()[0]}: cannot stand beside a trunk: nothing but the bag of words is trained then\n"
+    status, _, err = command(fit, *options, *words.split())
+    assert (status, err) == (2, f"minisweet fit: error: {message}")
+
+
+def test_before_it_trains_fit_says_what_it_knows_and_a_log_has_a_line_per_epoch(fitted):
+    """In a log, which is no terminal. Few judges cannot promise anything."""
+    told = fitted("--out", "a", "--max-lost", 20, "--sure", 80, "--epochs", 2)
+    may_lose = most_lost(45, Goal(max_lost=20, sure=80))
+    assert f"45 texts will judge, of which early exit may lose {may_lose}\ntraining takes about " in told
+    assert re.findall(r"^fine-tuning: epoch (\d) of 2, loss \d\.\d{3}, \d+ s left$", told, re.MULTILINE) == ["1", "2"]
+    told = fitted("--out", "b")
+    needed = "it takes about 510 labelled rows if none is lost, 860 if one is, and 1,175 if two are\n"
+    few = f"45 texts will judge, so nothing faster than full depth can be promised: {needed}"
+    assert told.index(few) < told.index("fine-tuning: 1 epochs")
 
 
 def test_groups_stay_together_in_all_files_and_judge_by_one_text(own_run, command):
@@ -216,24 +240,25 @@ def test_groups_stay_together_in_all_files_and_judge_by_one_text(own_run, comman
     assert "no column thread; it has" in command(fit, *options, folder / "more.csv", "--group-column", "thread")[2]
     status, _, err = command(fit, *options, "more.csv", "--group-column", "thread")
     assert status == 0, err
-    run = state_of("run")
-    is_labelled = run.logits.labels >= 0
-    threads = np.array([thread_of[text] for text in run.trained.validation.first])
+    run = EarlyExitClassifier.load("run")
+    side, point = run.validation.texts, run.operating_point
+    is_labelled, threads = side.labels >= 0, np.array([thread_of[text] for text in side.examples.first])
+    assert side.examples.groups == threads.tolist()
     aside = {*threads[is_labelled]}, {*threads[~is_labelled]}
     assert (len(aside[0]), len(aside[1])) == (30, 20)
     apart = sum(thread in aside[0] for _, thread in more)
     assert f"to judge, {apart} left out\n" in err
     learnt = [text for text, *_, thread in rows + more if thread not in aside[0] | aside[1]]
-    assert set(run.trained.record.trained_keys) == {*run.tokenize(learnt).keys.tolist()}
-    assert run.point.judging_texts == 30 + 20 - math.ceil(30 / CHOOSING) - 20 // CHOOSING
+    assert set(run.record.trained_keys) == {*run.cascade.tokenize(learnt).keys.tolist()}
+    assert point.judging_texts == 30 + 20 - math.ceil(30 / CHOOSING) - 20 // CHOOSING
     # So it is in Python, and of a run that is read again, for whose choice the texts are asked anew.
-    options = {name: getattr(run.trained.record.arguments, name) for name in "model max_length amp epochs lr".split()}
+    options = {name: run.record.arguments[name] for name in "model max_length amp epochs lr".split()}
     (texts, labels, groups), (others, of_others) = zip(*rows, strict=True), zip(*more, strict=True)
     ours = EarlyExitClassifier(**options, dev_size=0.3)
     ours.fit(texts, labels, groups=groups, unlabelled=others, unlabelled_groups=of_others)
-    assert ours.operating_point == run.point  # the weights too, of which its id is a hash
+    assert ours.operating_point == point  # the weights too, of which its id is a hash
     assert command(choose, "run", "--amp", "bf16")[0] == 0
-    assert state_of("run").logits.units.tolist() == run.logits.units.tolist()
+    assert EarlyExitClassifier.load("run").validation.roles.tolist() == run.validation.roles.tolist()
     new = [(text, label, f"new {n % 10}") for n, (text, label) in enumerate(opinions(1030)[1000:])]
     write_rows(Path("new.csv"), new, "text", "label", "thread")
     assert "\n10 rows, threshold" in command(check, "run", "new.csv")[1]
@@ -252,7 +277,8 @@ def test_groups_stay_together_in_all_files_and_judge_by_one_text(own_run, comman
     write_rows(Path("new.csv"), [*thread_of.items()], "text", "thread")
     options = ["--trunk", "run", "--unlabelled", "new.csv", "--group-column", "thread", "--out", "again"]
     assert command(fit, *options)[0] == 0
-    again = state_of("again")
-    new = sum(thread_of[text].startswith("new") for text in again.trained.validation.first)
-    assert 0 < new < len(again.logits.labels) == 28
-    assert again.point.judging_texts == new - math.ceil(new / CHOOSING)
+    again = EarlyExitClassifier.load("again")
+    groups = again.validation.texts.examples.groups
+    assert 0 < len(groups) < 28
+    assert all(group.startswith("new") for group in groups)
+    assert again.operating_point.judging_texts == len(groups) - math.ceil(len(groups) / CHOOSING)

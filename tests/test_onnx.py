@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from minisweet import EarlyExitClassifier, load_encoder
-from minisweet.classifier.cascade import CascadeRule
-from minisweet.classifier.folder import save_choice
+from minisweet.classifier.cascade import Cascade, at_exit_0, at_full_depth, leaves
 from minisweet.classifier.main import choose, export
-from minisweet.classifier.probe import with_linear_head
-from minisweet.classifier.state import State
-from minisweet.classifier.training import leaves
-from tests.conftest import CHECKOUT, random_bag, random_batch, undecided_models, write_model
+from minisweet.classifier.probe import FullModel
+from minisweet.classifier.promise import choose as choose_point
+from minisweet.classifier.report import what_is_promised
+from minisweet.classifier.run import save_choice
+from minisweet.exits import ExitHead
+from tests.conftest import CHECKOUT, random_bag, random_batch, write_model
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"{package}, which the file needs, is missing")
@@ -37,10 +38,8 @@ CASES = [("bert", "pooler", 0.0), ("deberta", "linear", 0.7), ("mpnet", "linear"
 
 
 def session_of(file: bytes | str) -> onnxruntime.InferenceSession:
-    """A file, or its bytes, in ONNX Runtime, without the warning that the threshold is no constant."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    """A file, or its bytes, in ONNX Runtime."""
+    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
 
 def ask(session, batch, threshold=None) -> list[np.ndarray]:
@@ -57,12 +56,12 @@ def exported(tmp_path_factory):
     def made(model_type: str, head: str, weight: float, int8: bool = False):
         sizes = {"max_position_embeddings": 514}  # 512 tokens, of MPNet too
         folder = write_model(tmp_path_factory.mktemp("model"), model_type, **sizes)
-        (model,), bag = undecided_models(folder, "sweet", (4,), 3), random_bag(3)
-        if head == "linear":
-            model = with_linear_head(load_encoder(folder, pooling="mean"), 3).eval()
-            torch.nn.init.normal_(model.heads[0].linear.weight, std=4.0)
-        rule = CascadeRule(0.8, 1.5, weight)
-        return model, bag, rule, onnx.export_graph(model, bag, 0.7, rule, int8)
+        encoder, bag = load_encoder(folder, pooling="mean" if head == "linear" else "cls"), random_bag(3)
+        torch.manual_seed(0)
+        model = FullModel(encoder, torch.nn.Linear(16, 3) if head == "linear" else ExitHead(encoder, 3)).eval()
+        torch.nn.init.normal_(getattr(model.head, "classifier", model.head).weight, std=4.0)
+        rule = (0.8, 1.5, weight)
+        return model, bag, rule, onnx.export_graph(copy.deepcopy(model), bag, 0.7, rule, int8)
 
     return made
 
@@ -83,8 +82,8 @@ def test_answers_are_the_models(exported, case):
     (model, bag, rule, file), ways = exported(*case), set()
     session = session_of(file.SerializeToString())
     for batch in batches():
-        first, logits = bag(*batch[:2]), model(*batch).detach()[0]
-        each = torch.stack([rule.at_exit_0(first), rule.at_full_depth(first, logits)]).softmax(-1)  # (2, B, C)
+        first, logits = bag(*batch[:2]), model(*batch).detach()
+        each = torch.stack([at_exit_0(first, rule), at_full_depth(first, logits, rule)]).softmax(-1)  # (2, B, C)
         for threshold in (*np.linspace(1 / 3, 1, 11), 0.0, 0.7, 1.5):
             taken = (~leaves(each[0].amax(-1), threshold, 1 / 3)).long()
             expected = each[taken, torch.arange(len(taken))]
@@ -149,11 +148,12 @@ def test_file_tells_what_it_is_and_the_guides_python_runs_it(chosen, tmp_path):
     """Where neither torch nor minisweet can be imported."""
     run, file = chosen, tmp_path / "tickets.onnx"
     classify = EarlyExitClassifier.load(run)
-    first, rows, _, promised = classify.export(file)
-    point, record = classify.operating_point, classify.state.trained.record
+    first, rows, promised = classify.export(file)
+    point, record = classify.operating_point, classify.record
     assert first.endswith(f"by default at threshold {point.threshold:.6g}")
     assert rows.endswith(": 0 answers or exits are not the model's")
-    assert promised == point.promise != ""
+    assert promised == classify.promise
+    assert promised.startswith("On ")
     assert classify.export(tmp_path / "a.onnx", int8=True)[0].startswith(f"{tmp_path}/a.onnx: int8")
     told = session_of(file).get_modelmeta().custom_metadata_map
     expected = {"labels": record.labels, "exit_layers": [0, 4], "max_length": 32, "goal": vars(point.goal)}
@@ -176,30 +176,44 @@ def test_int8_promises_anew_against_its_own_full_depth(own_run, run_of, tmp_path
     """Of own text, where exit 0 has a say; and where the file's answers at full depth stand in for labels."""
     goal, file = ("--max-lost", "30", "--sure", "60"), tmp_path / "int8.onnx"
     run = shutil.copytree(own_run if labelled else run_of("bag"), tmp_path / "run")
+    if labelled:
+        assert command(choose, run, *goal)[0] == 0
+        status, out, err = command(export, run, "--onnx", file, "--int8")
+        assert status == 0, err
+    classify = EarlyExitClassifier.load(run)
+    texts, roles, _ = classify.validation
     if not labelled:
-        state = EarlyExitClassifier.load(run).state
-        save_choice(run, replace(state, logits=state.logits._replace(labels=state.logits.labels * 0 - 1)))
-    assert command(choose, run, *goal)[0] == 0
-    status, out, err = command(export, run, "--onnx", file, "--int8")
-    assert status == 0, err
+        texts.labels[:] = -1
+        out = "\n".join(classify.choose(max_lost=30, sure=60).export(file, int8=True))
 
     # Every row's answers of both exits, by the file itself: at threshold 0 all leave at exit 0, at 1 nobody does.
-    session, its = session_of(file), EarlyExitClassifier.load(run).state
-    texts = its.tokenize(its.trained.validation.first)
+    session = session_of(file)
     singles = [texts.batch(np.array([row])).inputs for row in range(len(texts))]
     first, last = np.log([[ask(session, one, threshold)[0][0] for one in singles] for threshold in (0.0, 1.0)])
     numbers = {value.name: to_array(value) for value in onnx.onnx.load(file).graph.initializer}
-    rule = CascadeRule(*(float(numbers[name]) for name in CascadeRule._fields))
-    bag = first * rule.bag_temperature
-    model = (last - rule.weight * first) * rule.temperature
-    own = its.logits._replace(bag=torch.from_numpy(bag), model=torch.from_numpy(model))
-    point = its.trained.choose(own, its.point.goal)
+    threshold, bag_temperature, temperature, weight = (float(numbers[name]) for name in onnx.NUMBERS)
+    logits = torch.from_numpy(np.stack([first * bag_temperature, (last - weight * first) * temperature]))
+    point = choose_point(logits, texts.labels, texts.keys, roles, classify.operating_point.goal, combines=True)
     told = session.get_modelmeta().custom_metadata_map
-    assert rule == pytest.approx(point.rule, rel=1e-3)
-    assert (rule.weight != 0) == labelled
+    assert (bag_temperature, temperature, weight) == pytest.approx(point.rule, rel=1e-3)
+    assert (weight != 0) == labelled
     assert json.loads(told["threshold"]) == pytest.approx(point.threshold, abs=1e-4) != 1
-    assert point.promise in out
+    assert threshold == pytest.approx(json.loads(told["threshold"]))
+    assert what_is_promised(point) in out
     assert told["texts_at_once"] == "1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_threshold_is_an_input_that_may_be_left_out_and_nothing_is_warned_of(exported, capfd, int8):
+    file = exported(*CASES[0], int8)[-1].SerializeToString()
+    capfd.readouterr()
+    session, one = session_of(file), random_batch(0, 1)
+    assert [item.name for item in session.get_inputs()] == [*onnx.INPUTS, "threshold"]
+    assert [ask(session, one, threshold)[2].tolist() for threshold in (0.0, 1.0)] == [[0], [4]]
+    for ours, theirs in zip(ask(session, one), ask(session, one, 0.7), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow
@@ -211,18 +225,18 @@ def test_refusals(chosen, tmp_path, command, monkeypatch):
         assert (status, err.count("\n"), new.exists()) == (2, 1, False), err
         return err
 
-    classify = State.classify
+    decide = Cascade.decide
 
-    def with_others(state, texts) -> list:
-        answers = classify(state, texts)
-        return [answers[0]._replace(label="?")] * others + answers[others:]
+    def with_others(cascade, texts) -> tuple:
+        logits, layers = decide(cascade, texts)
+        return torch.cat([-logits[:others], logits[others:]]), layers
 
     others = 2
-    monkeypatch.setattr(State, "classify", with_others)
+    monkeypatch.setattr(Cascade, "decide", with_others)
     assert re.search(r"not written: 2 of \d+ answers are not the model's", refused())
     others = 1  # of a thousand answers one may be another one
-    state = EarlyExitClassifier.load(run).state
-    save_choice(run, replace(state, point=replace(state.point, precision="torch.bfloat16")))
+    classify = EarlyExitClassifier.load(run)
+    save_choice(run, replace(classify.operating_point, precision="torch.bfloat16"), classify.validation)
     status, out, _ = command(export, run, "--onnx", new)
     assert (status, "one by one: 1 answers or exits are not" in out) == (0, True)
     assert out.endswith("made in torch.bfloat16, and this is torch.float32: choose again with --amp off\n")

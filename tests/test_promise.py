@@ -1,38 +1,70 @@
 """What is deployed: who chooses and who judges, where the judges stop, and what is promised and stated of new text."""
 
 import math
+from argparse import Namespace
 from dataclasses import replace
 from statistics import NormalDist
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from minisweet.classifier.cascade import Answers, CascadeRule, Logits
-from minisweet.classifier.operating_point import (
+from minisweet.classifier.cascade import Answers, answers_of
+from minisweet.classifier.promise import (
+    Goal,
+    OperatingPoint,
     choose,
-    choosers_and_judges,
     classification_report,
+    fixed_sequence,
+    how_sure,
     measure,
     thresholds_to_try,
     wilson,
 )
-from minisweet.classifier.promise import Goal, fixed_sequence, how_sure
+from minisweet.classifier.report import promise_of, summary, what_is_promised
+from minisweet.classifier.split import CHOOSES, JUDGES, deal_roles
 
 GOAL = Goal()
-plain = CascadeRule(1.0, 1.0, 0.0).answers  # of calibrated logits
 
 
-def two_exits(sure, early, full, labels) -> Logits:
+class Rows(NamedTuple):
+    """N validation rows of two exits."""
+
+    logits: Tensor  # (2, N, C)
+    labels: np.ndarray  # (N,), like the next ones
+    keys: np.ndarray
+    units: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Rows":
+        return Rows(self.logits[:, rows], *(part[rows] for part in self[1:]))
+
+    def sides(self) -> list[np.ndarray]:
+        """The rows that choose, and those that judge."""
+        roles = deal_roles(self.keys, self.units, self.labels)
+        return [np.flatnonzero(roles == role) for role in (CHOOSES, JUDGES)]
+
+    def choose(self, goal: Goal, combines: bool = False) -> OperatingPoint:
+        return choose(*self[:3], deal_roles(self.keys, self.units, self.labels), goal, combines)
+
+
+def plain(rows: Rows) -> Answers:
+    """The answers of calibrated logits."""
+    return answers_of(rows.logits, (1.0, 1.0, 0.0), rows.labels, rows.keys)
+
+
+def two_exits(sure, early, full, labels) -> Rows:
     """Both exits by what they answer, and how sure the first one is of it: (N,) each, of two classes."""
     logits = np.stack([np.log(sure / (1 - sure))[:, None] * np.eye(2)[early], 2 * np.eye(2)[full]])
     keys = np.random.default_rng(0).permutation(len(labels))
-    return Logits(*torch.from_numpy(logits).float(), np.asarray(labels), keys, keys)
+    return Rows(torch.from_numpy(logits).float(), np.asarray(labels), keys, keys)
 
 
-def draw(seed: int, N: int) -> Logits:
+def draw(seed: int, N: int) -> Rows:
     """Full depth is right on 86%. Where the first exit is sure by s, it changes 0.8 (1 - s) of full depth's answers."""
     rng = np.random.default_rng(seed)
     sure, labels = rng.uniform(0.5, 1, N), rng.integers(0, 2, N)
@@ -40,7 +72,7 @@ def draw(seed: int, N: int) -> Logits:
     return two_exits(sure, np.where(rng.random(N) < 0.8 * (1 - sure), 1 - full, full), full, labels)
 
 
-def without_labels(rows: Logits, has_label: np.ndarray) -> Logits:
+def without_labels(rows: Rows, has_label: np.ndarray) -> Rows:
     """The rows, of which some alone (N,) keep their label."""
     return rows._replace(labels=np.where(has_label, rows.labels, -1))
 
@@ -77,7 +109,7 @@ def test_judges_stop_before_the_first_threshold_that_fails_and_never_earlier_wit
 def test_promises_are_broken_in_at_most_one_of_ten_draws():
     broken = 0
     for seed in range(200):
-        point = choose(draw(seed, 400), GOAL)
+        point = draw(seed, 400).choose(GOAL)
         odds = (point.threshold / max(1 - point.threshold, 1e-9)) ** point.temperatures[0]
         broken += 0.86 * 0.8 / (1 + odds) ** 2 > 0.03  # how many are lost in the long run, see `draw`
     assert 0 < broken <= 20 + 2 * (200 * 0.1 * 0.9) ** 0.5
@@ -85,10 +117,10 @@ def test_promises_are_broken_in_at_most_one_of_ten_draws():
 
 def test_a_text_counts_once_and_is_lost_if_any_of_its_rows_is():
     validation, rng = draw(0, 300), np.random.default_rng(0)
-    assert choose(validation, GOAL) == choose(validation.take(rng.permutation(300)), GOAL)
+    assert validation.choose(GOAL) == validation.take(rng.permutation(300)).choose(GOAL)
     uneven = validation.take(np.arange(300).repeat(rng.integers(1, 9, 300)))
     ours, theirs = (measure(0.7, plain(rows)) for rows in (validation, uneven))
-    assert all(theirs[key] == pytest.approx(ours[key]) for key in theirs.keys() - {"per_class", "macro_f1"})
+    assert all(theirs[key] == pytest.approx(ours[key]) for key in theirs.keys() - {"majority", "macro_f1"})
     both = two_exits(np.full(2, 0.9), np.array([0, 0]), np.array([1, 1]), [0, 1])._replace(keys=np.zeros(2, int))
     point = measure(0.7, plain(both))  # a text under two labels, of which one is lost
     assert (point["judging_texts"], point["lost"], point["score"]) == (1, 100, 50)
@@ -102,8 +134,8 @@ def test_choosers_and_judges_are_dealt_by_a_hash_and_a_group_judges_by_one_text(
     rows = rows._replace(units=rows.keys[groups])  # group n goes by the key of row n
     rows.labels[groups % 2 == 0] = -1
 
-    def sides(rows: Logits) -> list[set[int]]:
-        return [{*rows.keys[side].tolist()} for side in choosers_and_judges(rows)[:2]]
+    def sides(rows: Rows) -> list[set[int]]:
+        return [{*rows.keys[side].tolist()} for side in rows.sides()]
 
     choosing, judging = sides(rows)
     others = rows._replace(labels=np.where(rows.labels < 0, -1, 1 - rows.labels))
@@ -116,26 +148,19 @@ def test_choosers_and_judges_are_dealt_by_a_hash_and_a_group_judges_by_one_text(
     for rest in (0, 1):
         there = {n for n in groups.tolist() if n % 2 == rest}
         assert len(choosing & there) == math.ceil(len(there) / 4)
-    # Of some that were trained on neither they nor others of their groups.
-    known = rows.keys[choosers_and_judges(rows)[1][:9]].tolist()
-    is_left_out, (*kept, left_out) = np.isin(groups, [group_of[key] for key in known]), choosers_and_judges(rows, known)
-    assert (left_out, is_left_out[np.concatenate(kept)].any()) == (is_left_out.sum(), False)
-    point = choose(rows, GOAL, rows.keys.tolist())  # nobody is left
-    assert (point.threshold, point.judging_texts, point.lost, point.lost_interval) == (1, 0, 0, None)
 
 
 @pytest.mark.parametrize(("labelled", "all_judge"), [(0, 1), (200, 1), (300, 0), (1600, 0)])
 def test_who_judges_follows_from_two_counts_alone(monkeypatch, labelled, all_judge):
     """Of 2,000 texts. With few labels all judge."""
     rows = without_labels(draw(7, 2000), np.arange(2000) < labelled)
-    choosing, judging, _ = choosers_and_judges(rows)
+    choosing, judging = rows.sides()
     strange = draw(8, 2000)  # with the same keys
-    for ours, theirs in zip(strange[:3], rows[:3], strict=True):
-        ours[choosing] = theirs[choosing]
+    strange.logits[:, choosing], strange.labels[choosing] = rows.logits[:, choosing], rows.labels[choosing]
     strange.labels[labelled:] = -1
-    tried, place = [], "minisweet.classifier.operating_point.fixed_sequence"
+    tried, place = [], "minisweet.classifier.promise.fixed_sequence"
     monkeypatch.setattr(place, lambda judges, _, thresholds: tried.append((judges.keys, thresholds)) or 1.0)
-    points = [choose(its, GOAL) for its in (rows, strange)]  # whatever the judges are
+    points = [its.choose(GOAL) for its in (rows, strange)]  # whatever the judges are
     assert np.array_equal(tried[0][1], tried[1][1])
     assert {*tried[0][0]} <= {*rows.keys[judging]}
     for point in points:
@@ -146,24 +171,24 @@ def test_who_judges_follows_from_two_counts_alone(monkeypatch, labelled, all_jud
 
 def test_without_a_label_full_depth_may_be_wrong_and_the_interval_says_so():
     rows = draw(7, 2000)
-    ends = [choose(some, GOAL).lost_interval[0] for some in (rows, without_labels(rows, np.arange(2000) < 200))]
+    ends = [some.choose(GOAL).lost_interval[0] for some in (rows, without_labels(rows, np.arange(2000) < 200))]
     assert ends[0] > 0 == ends[1]
 
 
 @pytest.mark.parametrize("N", [800, 160])
 def test_where_exit_0_has_a_say_full_depth_is_everywhere_the_rules(N):
     rng, labels = np.random.default_rng(13), np.arange(N) % 3
-    bag, model = torch.from_numpy(rng.normal(size=(2, N, 3)) + 1.5 * np.eye(3)[labels]).float()
-    rows = Logits(bag, model, labels, keys := rng.permutation(N), keys)
-    point, judges = choose(rows, GOAL, combines=True), rows.take(choosers_and_judges(rows)[1])
-    first = judges.bag / point.temperatures[0]
-    said = judges.model / point.temperatures[1] + point.weights[1] * first
+    logits = torch.from_numpy(rng.normal(size=(2, N, 3)) + 1.5 * np.eye(3)[labels]).float()
+    rows = Rows(logits, labels, keys := rng.permutation(N), keys)
+    point, judges = rows.choose(GOAL, combines=True), rows.take(rows.sides()[1])
+    first, model = judges.logits[0] / point.temperatures[0], judges.logits[1]
+    said = model / point.temperatures[1] + point.weights[1] * first
     full, early = said.argmax(-1).numpy(), first.argmax(-1).numpy()
     stays = (first.softmax(-1).amax(-1) < np.float32(point.threshold)).numpy() | (point.threshold == 1)
     early = np.where(stays, full, early)
     assert (point.weights[0], point.weights[1] > 0.2) == (0, True)
     assert point.full_depth == pytest.approx(100 * (full == judges.labels).mean())
-    assert point.full_depth > 100 * (judges.model.argmax(-1).numpy() == judges.labels).mean()
+    assert point.full_depth > 100 * (model.argmax(-1).numpy() == judges.labels).mean()
     assert point.score == pytest.approx(100 * (early == judges.labels).mean())
     assert point.lost == pytest.approx(100 * ((full == judges.labels) & (early != full)).mean())
     assert point.share == pytest.approx(stays.mean())
@@ -180,12 +205,12 @@ def test_thresholds_to_try_end_where_they_should():
 @pytest.mark.parametrize("has_labels", [True, False])
 @pytest.mark.parametrize("goal", [GOAL, Goal(max_lost=40.0, sure=50.0)])
 def test_intervals_hold_what_is_stated(goal, has_labels):
-    for N in (120, 40, 2, 1):
-        point = choose(without_labels(draw(3, N), np.full(N, has_labels)), goal)
+    for N in (120, 40, 2):
+        point = without_labels(draw(3, N), np.full(N, has_labels)).choose(goal)
         assert point.share <= 1  # not slower than full depth
         for name in ("score", "full_depth", "exit_0", "lost", "share"):
             ends = getattr(point, f"{name}_interval")
-            assert (ends is None) == (N == 1 or (not has_labels and name in ("score", "full_depth", "exit_0")))
+            assert (ends is None) == (not has_labels and name in ("score", "full_depth", "exit_0"))
             assert ends is None or 0 <= ends[0] <= getattr(point, name) <= ends[1] <= 100
 
 
@@ -199,19 +224,67 @@ def test_intervals_are_as_wide_as_theory_says(n, p):
     assert high - low == pytest.approx(2 * 1.96 * 0.4**0.5 * 0.6**0.5 / 4000**0.5, rel=0.05)  # 6 of 10 leave
 
 
-def test_words():
-    point = replace(choose(draw(0, 1000), GOAL), threshold=0.8, share=1.0, full_depth=73.7, score=75.2)
+def test_words_of_a_promise():
+    point = replace(draw(0, 1000).choose(GOAL), threshold=0.8, share=0.5, full_depth=73.7, score=75.2)
     point = replace(point, judging_texts=744, labelled_judges=100, lost=1400 / 744)
     seen = "On 744 of your texts that the model had not seen, early exit lost at most 14 answers that the full model "
     seen += "had right."
     promised = " In the long run at most 3 in 100 new texts like these are lost, 90% sure."
     scores = " Of 100 labelled texts the full model got 73.7% right, early exit 75.2%."
-    assert point.promise == seen + promised + scores
-    assert (replace(point, threshold=1.0).promise, point.in_words(1.0)) == ("", point.promise)
-    few = replace(point, threshold=1.0, judging_texts=60, labelled_judges=60)
-    words = "nothing faster than full depth can be promised: only 60 texts judged. It takes about "
-    would = "510 labelled rows if none is lost, 860 if one is, and 1,175 if two are"
-    assert few.in_words(0.2) == words + would
+    assert what_is_promised(point) == seen + promised + scores
+    assert what_is_promised(replace(point, threshold=1.0)) == ""
+
+
+def record_of(**changes) -> Namespace:
+    """What words need of a run."""
+    about = {"set_aside": 0.2, "rows_per_unit": [1.0, 1.0], "validation_rows": 80, "training_groups": []}
+    return Namespace(**about | {"validation_groups": []} | changes)
+
+
+def deployed(point: OperatingPoint) -> SimpleNamespace:
+    return SimpleNamespace(threshold=point.threshold, precision=None)
+
+
+def test_words_on_what_it_takes_count_rows_and_where_groups_judge_groups():
+    point = replace(draw(0, 80).choose(GOAL), threshold=1.0, judging_texts=60, labelled_judges=60)
+    words = "nothing faster than full depth can be promised: only 60 texts judged; it takes about "
+    in_rows = "510 labelled rows if none is lost, 860 if one is, and 1,175 if two are"
+    assert promise_of(deployed(point), point, record_of()) == words + in_rows
+    in_groups = in_rows.replace("labelled rows", "groups of labelled rows")
+    in_groups += " (at 1.7 rows a group, as here: 867, 1,462 and 1,998 rows)"
+    grouped = record_of(training_groups=["a"], rows_per_unit=[1.7, 1.0])
+    assert promise_of(deployed(point), point, grouped) == words + in_groups
+    assert "102 labelled rows if none" in promise_of(deployed(point), point, record_of(set_aside=1.0))
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (1.0, "early exit saves nothing: more rows, texts without labels (--unlabelled) or a larger --max-lost let"),
+        (0.7, "early exit saves only 30% of the layers: more rows, "),
+        (0.6, ""),
+        (0.0, "all texts leave at exit 0"),
+    ],
+)
+def test_advice_where_early_exit_hardly_pays(share, said):
+    point = replace(draw(0, 1000).choose(GOAL), share=share)
+    lines = summary(deployed(point), point, record_of())
+    assert [line for line in lines if line.startswith(("early exit saves", "all texts"))] == [
+        line for line in lines if said and line.startswith(said)
+    ]
+    assert any(line.startswith(said) for line in lines)
+
+
+@pytest.mark.parametrize(("ends", "is_told"), [([44.9, 63.2], True), ([61.0, 80.0], False)])
+def test_a_model_that_may_have_learned_nothing_is_told(ends, is_told):
+    """Its interval, and not its score, is compared with the most frequent label."""
+    labels = np.arange(1000) % 5 < 3
+    rows = draw(0, 1000)._replace(labels=labels.astype(int))
+    point = rows.choose(GOAL)
+    assert point.majority == pytest.approx(60, abs=3)
+    point = replace(point, full_depth=62.0, full_depth_interval=ends)
+    told = [line for line in summary(deployed(point), point, record_of()) if "may be worth nothing" in line]
+    assert len(told) == is_told
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
@@ -229,5 +302,5 @@ def test_the_report_of_each_class_is_that_of_plain_loops(pairs):
 
 def test_macro_f1_is_the_mean_over_the_classes_that_are_there_or_are_answered():
     labels, answers = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 3])
-    rows = Answers(torch.ones(4), answers, answers, labels, np.arange(4), num_labels=5)
+    rows = Answers(torch.ones(4), answers, answers, labels, labels >= 0, np.arange(4), num_labels=5)
     assert measure(0.5, rows)["macro_f1"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)

@@ -102,6 +102,7 @@ def test_commands_and_code_run(guide, place, capsys):
             continue
         if kind == "python":
             names = dict(zip(("texts", "labels"), zip(*opinions(60), strict=True), strict=True))
+            names["threads"] = [n // 2 for n in range(60)]
             exec(compile(block.replace("RUN", newest_run()), guide, "exec"), names)
             assert capsys.readouterr().out
         else:
@@ -142,7 +143,7 @@ def test_dask_answers_a_folder_of_files(run_of, place):
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
         code = block.replace("Client()", "Client(cluster)").replace("RUN", str(run_of("bag")))
         exec(compile(code, USE, "exec"), names := {"cluster": cluster, "__name__": "__main__"})
-        names["client"].close()
+        assert names["client"].status == "closed"
     for path, part in zip(sorted((place / "answered").iterdir()), texts, strict=True):
         expected = [str(label) for label in names["classifier"].predict(part)]
         found = [(row["id"], row["text"], row["label"]) for _, row in read_rows(path)]

@@ -51,7 +51,15 @@ REFUSALS = [
     ("fit", f"one.csv {FIT} --dev-data one.csv", "one: all rows have the label 'x', needs two or more"),
     ("fit", f"none.csv {FIT}", "none: no row has a label"),
     ("fit", "none.csv --trunk bag --dev-data none.csv --out new", "none: no text is left to learn from: all of"),
-    ("fit", f"own.csv {FIT} --group-column=", "argument --group-column: '', should be "),
+    ("fit", f"own.csv {FIT} --group-column=", "own.csv: no column ; it has text, label; name one with --group-column"),
+    ("fit", f"own.csv {FIT} --max-lost 200", "argument --max-lost: '200', should be a number from 0.01 to 99.99"),
+    (
+        "fit",
+        f"latin.csv {FIT}",
+        "latin.csv, line 2: byte 0xe9 is not UTF-8; save the file as UTF-8 (Latin-1 is not read)",
+    ),
+    ("fit", f"cells.csv {FIT}", "cells.csv, line 2: not readable as cells (3 cells, and the header has 2; a text that"),
+    ("fit", "own.csv --trunk bag --out new --epochs 1", "--epochs: cannot stand beside a trunk: nothing but the bag"),
     ("fit", f"two.csv {FIT} --text-columns sentence1 --dev-size 0.1", "two: too few rows: no text can be set aside"),
     ("fit", f"own.csv {FIT} --dev-data own.csv --dev-size 0.3", "--dev-size: needs a split of FILE, not --dev-data"),
     ("fit", "--trunk bag --unlabelled own.csv --out new --dev-size 0.3", "--dev-size: needs a split of FILE, not -"),
@@ -93,6 +101,8 @@ def place(tmp_path_factory, run_of) -> Path:
     (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
     (folder / "none.csv").write_text("text,label\nthe film,\nis it,\n")
     (folder / "empty.csv").write_text("")
+    (folder / "latin.csv").write_bytes(b"text,label\ncaf\xe9,x\n")
+    (folder / "cells.csv").write_text("text,label\na,b,x\n")
     os.mkfifo(folder / "pipe.csv")
     for name, called in {"sweet": "run", "bag": "bag", "ee": "ee"}.items():
         shutil.copytree(run_of(name), folder / called)

@@ -1,5 +1,6 @@
 """What users call: predict, which answers as the sweep says; and what is imported."""
 
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from minisweet import EarlyExitClassifier
+from minisweet.classifier.cascade import answers_of, at_full_depth
 from minisweet.classifier.main import fit, predict
 from minisweet.classifier.rows import SUFFIXES, read_rows, row_writer
 from tests.conftest import CHECKOUT, run
@@ -30,10 +32,11 @@ def test_predictions_are_those_of_the_sweep(own_run, command, tmp_path, monkeypa
         folder = tmp_path / "run"
         more = own_run.parent / "more.csv"
         assert command(fit, "--trunk", own_run, "--unlabelled", more, "--out", folder, "--amp", "off")[0] == 0
-    state = EarlyExitClassifier.load(folder).state
-    record, logits, texts, rule = state.trained.record, state.logits, state.trained.validation.first, state.point.rule
-    assert (rule.weight != 0) == (name == "own")
-    answers, full = rule.answers(logits), rule.at_full_depth(logits.bag, logits.model)
+    classify = EarlyExitClassifier.load(folder)
+    record, rule, (rows, _, logits) = classify.record, classify.cascade.rule, classify.validation
+    texts = rows.examples.first
+    assert (rule[2] != 0) == (name == "own")
+    answers, full = answers_of(logits, rule, rows.labels, rows.keys), at_full_depth(*logits, rule)
     confidence = np.stack([answers.confidence, full.softmax(-1).amax(-1)])  # (2, N)
     sure = np.unique(confidence[0])
     threshold = float(sure[len(sure) // 2 : len(sure) // 2 + 2].mean())  # between two, so that about half leave
@@ -82,8 +85,17 @@ def test_columns_of_text_and_what_is_told(run_of, command):
         row = cells_of(Path("out.csv"))[0]
         assert float(row["p_negative"]) == pytest.approx(classify.predict_proba([text])[0, 0], abs=1e-6)
         assert out.strip().endswith(f"empty: {empty}; cut to 32 tokens: {cut}")
-    _, out, _ = command(predict, run, "in.csv")  # on standard output, as CSV
+    _, out, err = command(predict, run, "in.csv")  # on standard output, as CSV; what is told is on standard error
     assert out.startswith("body,text,label,confidence,exit_layer,p_negative,p_positive\r\n")
+    assert (out.count("\n"), err.strip().endswith("empty: 1; cut to 32 tokens: 0")) == (3, True)
+
+
+def test_prediction_reads_what_is_deployed_alone(run_of, tmp_path, command):
+    run = Path(shutil.copytree(run_of("bag"), tmp_path / "run"))
+    for name in ("validation.jsonl", "logits.safetensors"):
+        (run / name).unlink()
+    Path("in.csv").write_text("text\nawful\n")
+    assert command(predict, run, "in.csv", "--out", "out.csv")[0] == 0
 
 
 def test_light_start(run_of):

@@ -1,13 +1,12 @@
 """Exit 0: a bag of words, which answers before the embeddings and at the cost of no layer.
 
-The paper has no such exit. It is fastText (Joulin et al. 2017, https://arxiv.org/abs/1607.01759) without a hidden
-layer: a table has a row of C numbers for each token and each bigram (two neighbouring tokens). The logits of a text are
-the sum of its n-grams' rows, divided by the root of their number, plus a bias.
+It is fastText (Joulin et al. 2017, https://arxiv.org/abs/1607.01759) without a hidden layer: a table has a row of C
+numbers for each token and each bigram (two neighbouring tokens). The logits of a text are the sum of its n-grams' rows,
+divided by the root of their number, plus a bias.
 
-`fit_ngrams` fits it on the CPU, in seconds. The row of a token is a free part plus a linear function of its pre-trained
-embedding, so that tokens unseen in training count too. The logits are linear in the weights (`Features`), so the loss
-is convex. `fit_weights` takes a few steps of L-BFGS and stops before the minimum. It starts from zeros and draws no
-random numbers, so that the same texts always give the same weights.
+The row of a token is a free part plus a linear function of its pre-trained embedding, so that tokens unseen in training
+count too. The logits are linear in the weights, so the loss is convex. A few steps of L-BFGS stop before the minimum.
+They start from zeros and draw no random numbers, so that the same texts always give the same weights.
 
 Dimension letters: B batch, T tokens, V vocabulary, D hidden size, C classes, N texts, G all their n-grams, R n-grams
 with a row to fit.
@@ -82,13 +81,9 @@ class NgramExit(nn.Module):
 
 @torch.no_grad()
 def fit_ngrams(bag: NgramExit, batches: Sequence[Inputs], targets: Tensor, embeddings: Tensor) -> None:
-    """Fit a bag of words in place, on the CPU. Held-out texts choose the scale of the embeddings.
+    """Fit a bag of words in place, on the CPU, to batches of N texts. Held-out texts choose the embeddings' scale.
 
-    Args:
-        bag: what was in it before does not count.
-        batches: N texts in the order of the targets; read several times.
-        targets: labels (N,) or probabilities (N, C).
-        embeddings: the pre-trained word embeddings (V, D), float32.
+    The targets are labels (N,) or probabilities (N, C), and the embeddings those of words (V, D), float32.
     """
     N, C = len(targets), len(bag.bias)
     features = Features(bag, batches, embeddings)

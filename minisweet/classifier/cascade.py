@@ -7,37 +7,133 @@ The two err on different texts, and the bag's logits are already there, so they 
 
 The two temperatures and the weight are fitted here. A text leaves at exit 0 if its highest probability there reaches
 the threshold. That costs no layer, and full depth costs all of them.
+
+Dimension letters: B batch, T tokens, N texts, n some of them, C classes, M thresholds.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from minisweet.classifier.bag_of_words import minimize
-from minisweet.classifier.training import leaves
+from minisweet.base.commands import progress
+from minisweet.base.devices import tokens_at_once
+from minisweet.base.files import InputError
+from minisweet.classifier.bag_of_words import NgramExit, minimize
+from minisweet.classifier.probe import FullModel
+from minisweet.classifier.rows import texts_of
 from minisweet.confidence import fit_temperature
+from minisweet.texts import Texts
 
+BATCH_SIZE = 64  # of inference while nothing else is said
 PRIOR_OF_WEIGHT = 3.0  # pulls the weight towards 0, so that a few rows decide little
+Rule = tuple[float, float, float]  # the two temperatures, and the weight of the bag of words at full depth
 
 
-class Logits(NamedTuple):
-    """The logits of the bag of words and of the model for N texts, and what is known of the texts."""
+class Answer(NamedTuple):
+    """The answer to one text, by the exit that was taken."""
 
-    bag: Tensor  # (N, C), in float32 like the next one
-    model: Tensor  # (N, C)
-    labels: np.ndarray  # (N,), -1 for a text without one
-    keys: np.ndarray  # (N,), int64: equal for texts of the same tokens
-    units: np.ndarray  # (N,), int64: equal for texts of one group
-    precision: str = "torch.float32"  # that the model ran in
+    label: Any  # of the type that was trained on
+    confidence: float  # the label's probability; if a run was made without labels, that full depth agrees
+    exit_layer: int  # counted from 1; 0 for exit 0, the bag of words
+    probabilities: dict  # of all labels, after temperature scaling
+    words: tuple[dict[str, float], dict[str, float]] | None = None  # at exit 0, set by `explain` alone
 
-    def take(self, rows: np.ndarray) -> "Logits":
-        """The logits for some texts (n,)."""
-        known = self.labels[rows], self.keys[rows], self.units[rows]
-        return Logits(self.bag[rows], self.model[rows], *known, self.precision)
+
+@dataclass(frozen=True)
+class Cascade:
+    """What is deployed: it answers texts. It is never changed, only replaced, so that threads may share it."""
+
+    tokenizer: Tokenizer
+    labels: list  # (C,), of the type that was trained on
+    bag: NgramExit  # on `device`, like the model
+    model: FullModel  # in evaluation mode
+    rule: Rule
+    threshold: float  # a text leaves at the bag of words if its confidence reaches it
+    device: torch.device = torch.device("cpu")
+    precision: torch.dtype | None = None  # that the model autocasts to; None means float32
+    batch_size: int = 32  # the most texts that run at once
+
+    @property
+    def depth(self) -> int:
+        """The layers of the model."""
+        return len(self.model.encoder.layers)
+
+    def answer(self, texts: Iterable[str]) -> list[Answer]:
+        """Answer N texts, in their order. Raises InputError, naming the item, for anything but text."""
+        logits, layers = self.decide(self.tokenize(texts))
+        return self.as_answers(logits, layers.tolist())
+
+    def tokenize(self, texts: Any) -> Texts:
+        """Tokenise texts. Raises InputError, naming the item, for anything else."""
+        return Texts(self.tokenizer, texts_of(texts))
+
+    def decide(self, texts: Texts) -> tuple[Tensor, Tensor]:
+        """The calibrated logits (N, C) of the exits that N texts take, and the layers (N,) of these exits."""
+        if not len(texts):
+            return torch.zeros(0, len(self.labels)), torch.zeros(0)
+        bag = self.ask_bag(texts, self.batch_size)
+        logits = at_exit_0(bag, self.rule)
+        stay = ~leaves(logits.softmax(-1).amax(-1), self.threshold, 1 / len(self.labels))  # (N,)
+        if stay.any():
+            model = self.ask_model(texts.take(np.flatnonzero(stay.numpy())), self.batch_size)
+            logits[stay] = at_full_depth(bag[stay], model, self.rule)
+        return logits, stay * self.depth
+
+    def as_answers(self, logits: Tensor, layers: Sequence[int]) -> list[Answer]:
+        """Calibrated logits (N, C), each of the exit after a layer, as answers."""
+        probabilities = logits.softmax(-1)
+        columns = logits.argmax(-1).tolist(), probabilities.amax(-1).tolist(), layers, probabilities.tolist()
+        return [
+            Answer(self.labels[label], sure, layer, dict(zip(self.labels, each, strict=True)))
+            for label, sure, layer, each in zip(*columns, strict=True)
+        ]
+
+    def ask_bag(self, texts: Texts, batch_size: int = BATCH_SIZE) -> Tensor:
+        """The bag's logits (N, C) for N texts, always in float32."""
+        return run_all(lambda ids, mask, _: self.bag(ids, mask), texts, self.device, None, batch_size, "exit 0")
+
+    def ask_model(self, texts: Texts, batch_size: int = BATCH_SIZE) -> Tensor:
+        """The model's logits (N, C) for N texts."""
+        return run_all(self.model, texts, self.device, self.precision, batch_size, "model")
+
+    def ask_both(self, texts: Texts, batch_size: int = BATCH_SIZE) -> Tensor:
+        """The logits (2, N, C) of the bag and of the model for N texts."""
+        return torch.stack([self.ask_bag(texts, batch_size), self.ask_model(texts, batch_size)])
+
+
+@torch.no_grad()  # inference_mode would make autocast cast the weights anew for each product
+def run_all(
+    step: Callable[..., Tensor],
+    texts: Texts,
+    device: torch.device,
+    precision: torch.dtype | None = None,
+    batch_size: int = BATCH_SIZE,
+    title: str = "",
+) -> Tensor:
+    """Run a step on N texts. Returns its outputs (N, ...) in the order of the texts, in float32 and on the CPU.
+
+    The step maps input_ids, attention_mask and token_type_ids, (B, T) each on the device, to an output (B, ...).
+    `precision` is the type to autocast to; None means float32. Raises InputError if an output is infinite or NaN.
+    """
+    rows, found = [], []
+    with (
+        torch.autocast(device.type, precision, enabled=precision is not None),
+        progress(total=len(texts), unit="text", desc=title, leave=False) as bar,
+    ):
+        for batch in texts.by_length(batch_size, tokens_at_once(device)):
+            rows.append(batch.rows)
+            found.append(step(*batch.to(device).inputs).float().cpu())
+            bar.update(len(batch.rows))
+    whole = torch.cat(found)[torch.cat(rows).argsort()]
+    if not whole.isfinite().all():
+        raise InputError("the exits give infinite numbers or NaN; try --amp off, or train at a lower --lr")
+    return whole
 
 
 class Answers(NamedTuple):
@@ -46,26 +142,19 @@ class Answers(NamedTuple):
     confidence: Tensor  # (N,), of exit 0, in float32
     early: np.ndarray  # (N,), the class at exit 0
     full: np.ndarray  # (N,), the class at full depth
-    labels: np.ndarray  # (N,), -1 for a text without one
-    keys: np.ndarray  # (N,), as in `Logits`
+    labels: np.ndarray  # (N,), that of full depth for a text without one
+    is_labelled: np.ndarray  # (N,), whether a text has a label
+    keys: np.ndarray  # (N,), int64: equal for texts of the same tokens
     num_labels: int  # C
-
-    @property
-    def is_labelled(self) -> np.ndarray:
-        """Whether each text (N,) has a label."""
-        return self.labels >= 0
 
     def take(self, rows: np.ndarray) -> "Answers":
         """The answers to some texts, selected by indices (n,) or by a boolean mask (N,)."""
-        return self._replace(**{name: part[rows] for name, part in self._asdict().items() if name != "num_labels"})
-
-    def filled(self) -> "Answers":
-        """The same, a missing label replaced by full depth's answer."""
-        return self._replace(labels=np.where(self.is_labelled, self.labels, self.full))
+        taken = {name: part[rows] for name, part in self._asdict().items() if name != "num_labels"}
+        return self._replace(**taken)
 
     def scored(self) -> "Answers":
-        """The texts that are scored: those with a label or, if there are none, all against full depth's answers."""
-        return self.take(self.is_labelled) if self.is_labelled.any() else self.filled()
+        """The texts that are scored: those with a label or, if there are none, all."""
+        return self.take(self.is_labelled) if self.is_labelled.any() else self
 
     def stay_at(self, thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
         """Whether each text runs the model at each threshold, (M, N); as 0 or 1, the share of the layers it runs."""
@@ -77,48 +166,67 @@ class Answers(NamedTuple):
         return np.where(self.stay_at(thresholds), self.full, self.early)
 
 
-class CascadeRule(NamedTuple):
-    """The three numbers that are fitted: two temperatures, and the weight of the bag of words at full depth."""
-
-    bag_temperature: float
-    temperature: float
-    weight: float
-
-    def at_exit_0(self, bag: Tensor) -> Tensor:
-        """The calibrated logits of exit 0, from the bag's: (n, C) each."""
-        return bag.float() / self.bag_temperature
-
-    def at_full_depth(self, bag: Tensor, model: Tensor) -> Tensor:
-        """The calibrated logits of full depth, from the bag's and the model's: (n, C) each."""
-        return model.float() / self.temperature + self.weight * self.at_exit_0(bag)
-
-    def answers(self, logits: Logits) -> Answers:
-        """The answers of both exits."""
-        first, last = self.at_exit_0(logits.bag), self.at_full_depth(logits.bag, logits.model)
-        classes = first.argmax(-1).numpy(), last.argmax(-1).numpy()
-        return Answers(first.softmax(-1).amax(-1), *classes, logits.labels, logits.keys, first.shape[1])
+def answers_of(logits: Tensor, rule: Rule, labels: np.ndarray, keys: np.ndarray) -> Answers:
+    """The answers of both exits to N texts, from their logits (2, N, C) and labels, -1 for a text without one."""
+    first, last = at_exit_0(logits[0], rule), at_full_depth(logits[0], logits[1], rule)
+    early, full, has_label = first.argmax(-1).numpy(), last.argmax(-1).numpy(), labels >= 0
+    filled = np.where(has_label, labels, full)
+    return Answers(first.softmax(-1).amax(-1), early, full, filled, has_label, keys, first.shape[1])
 
 
-def fit_cascade(logits: Logits, combines: bool) -> CascadeRule:
-    """Fit both temperatures and, if `combines`, the weight of the bag of words at full depth."""
-    labels = torch.from_numpy(logits.labels)
-    known = labels >= 0
+def at_exit_0(bag: Tensor, rule: Rule) -> Tensor:
+    """The calibrated logits of exit 0, from the bag's: (n, C) each."""
+    return bag.float() / rule[0]
+
+
+def at_full_depth(bag: Tensor, model: Tensor, rule: Rule) -> Tensor:
+    """The calibrated logits of full depth, from the bag's and the model's: (n, C) each."""
+    return model.float() / rule[1] + rule[2] * at_exit_0(bag, rule)
+
+
+def in_float32(threshold: float) -> float:
+    """Round a threshold to float32, the type of confidences, so that 0.99999998 is 1 everywhere."""
+    return float(np.float32(threshold))
+
+
+def leaves(confidence: Tensor, threshold: float, lowest: float) -> Tensor:
+    """Whether a text leaves at exit 0: confidence (...) to bool (...).
+
+    At threshold 1 no text leaves, not even with a confidence of 1.0; at `lowest`, 1/C, every text does. Both cases are
+    explicit, because in float32 a probability can round to 1, or to just below 1/C.
+    """
+    threshold, lowest = in_float32(threshold), in_float32(lowest)
+    if threshold <= lowest:
+        return torch.ones_like(confidence, dtype=torch.bool)
+    if threshold >= 1:
+        return torch.zeros_like(confidence, dtype=torch.bool)
+    return confidence >= threshold
+
+
+def fit_rule(logits: Tensor, labels: np.ndarray, combines: bool) -> Rule:
+    """Fit both temperatures and, if `combines`, the weight of the bag of words at full depth.
+
+    `logits` (2, N, C) are the bag's and the model's, `labels` (N,) are -1 for a text without one.
+    """
+    bag, model = logits
+    gold = torch.from_numpy(labels)
+    known = gold >= 0
 
     # 1. Full depth is fitted to labels; without any its temperature stays 1. The bag's temperature on the labelled
     # rows is for this fit alone.
     bag_temperature, temperature, weight = 1.0, 1.0, 0.0
     if known.any() and combines:
-        bag_temperature = fit_temperature(logits.bag[known], labels[known])
-        temperature, weight = fit_answer(logits.model[known], logits.bag[known] / bag_temperature, labels[known])
+        bag_temperature = fit_temperature(bag[known], gold[known])
+        temperature, weight = fit_answer(model[known], bag[known] / bag_temperature, gold[known])
     elif known.any():
-        temperature = fit_temperature(logits.model[known], labels[known])
+        temperature = fit_temperature(model[known], gold[known])
 
     # 2. The bag of words is fitted to all rows. The answers of full depth replace missing labels.
-    full = CascadeRule(bag_temperature, temperature, weight).at_full_depth(logits.bag, logits.model)
-    fitted = fit_temperature(logits.bag, labels.where(known, full.argmax(-1)))
+    full = at_full_depth(bag, model, (bag_temperature, temperature, weight))
+    fitted = fit_temperature(bag, gold.where(known, full.argmax(-1)))
 
     # 3. The weight was fitted to the bag's logits over `bag_temperature`; the rule divides them by `fitted`.
-    return CascadeRule(fitted, temperature, weight * fitted / bag_temperature)
+    return fitted, temperature, weight * fitted / bag_temperature
 
 
 def fit_answer(logits: Tensor, bag_logits: Tensor, labels: Tensor) -> tuple[float, float]:

@@ -1,10 +1,11 @@
 """Each exit's answer to a text, and where the text exits; and a page that shows it for validation rows.
 
-Exit 0 is a sum over words and pairs of neighbours, so that the contribution of each is known exactly. The page shows
+Exit 0 is a sum over tokens and pairs of neighbours, so that the contribution of each is known exactly. The page shows
 the labelled validation rows, or all if none is labelled, and applies the same exit rule as `predict`.
 """
 
 import json
+from argparse import Namespace
 from collections import Counter
 from dataclasses import asdict
 from itertools import pairwise
@@ -16,8 +17,10 @@ import torch
 
 from minisweet.base.commands import progress
 from minisweet.base.files import one_line, written_beside
-from minisweet.classifier.state import Answer, State
-from minisweet.classifier.training import leaves
+from minisweet.classifier import report
+from minisweet.classifier.cascade import Answer, Cascade, answers_of, at_exit_0, at_full_depth, leaves
+from minisweet.classifier.promise import OperatingPoint
+from minisweet.classifier.run import Validation
 from minisweet.texts import Texts
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -25,50 +28,49 @@ MOST_NGRAMS = 5  # on each side
 MOST_ROWS = 10_000  # rows of the page that have n-grams, so that it stays small
 
 
-def explain(state: State, text: str) -> list[tuple[Answer, bool]]:
+def explain(cascade: Cascade, text: str) -> list[tuple[Answer, bool]]:
     """Both exits' answers to a text, and whether the text may leave there, as always at the last one."""
-    texts, rule = state.tokenize([text]), state.point.rule
-    asked = state.trained.ask(texts, state.device, state.precision)
-    logits = torch.cat([rule.at_exit_0(asked.bag), rule.at_full_depth(asked.bag, asked.model)])  # (2, C)
-    first, last = state.answers(logits, (0, state.trained.record.depth))
-    may_leave = leaves(logits[0].softmax(-1).amax(), state.threshold, 1 / logits.shape[1])
-    return [(first._replace(words=word_scores(state, texts, 0)), bool(may_leave)), (last, True)]
+    texts = cascade.tokenize([text])
+    both, rule = cascade.ask_both(texts), cascade.rule
+    logits = torch.cat([at_exit_0(both[0], rule), at_full_depth(both[0], both[1], rule)])  # (2, C)
+    first, last = cascade.as_answers(logits, (0, cascade.depth))
+    may_leave = leaves(logits[0].softmax(-1).amax(), cascade.threshold, 1 / logits.shape[1])
+    return [(first._replace(words=word_scores(cascade, texts, 0)), bool(may_leave)), (last, True)]
 
 
-def word_scores(state: State, texts: Texts, row: int) -> tuple[dict[str, float], dict[str, float]]:
+def word_scores(cascade: Cascade, texts: Texts, row: int) -> tuple[dict[str, float], dict[str, float]]:
     """The n-grams that add most to exit 0's answer and to its runner-up: at most five each, largest first.
 
-    A number is what a word, or a pair of neighbours "a b", adds to the difference of the two logits, wherever it stands
-    in the text.
+    A number is what a token, or a pair of neighbours "a b", adds to the difference of the two logits, wherever it
+    stands in the text.
     """
-    bag, inputs = state.trained.bag, texts.batch(np.array([row])).to(state.device).inputs
-    answer, runner_up = bag(*inputs[:2])[0].argsort(descending=True, stable=True)[:2]
-    added = bag.contributions(*inputs[:2])[0]  # (2T, C)
-    tokens = [str(state.trained.tokenizer.id_to_token(token)) for token in inputs[0][0].tolist()]
+    bag, (ids, mask, _) = cascade.bag, texts.batch(np.array([row])).to(cascade.device).inputs
+    answer, runner_up = bag(ids, mask)[0].argsort(descending=True, stable=True)[:2]
+    added = bag.contributions(ids, mask)[0]  # (2T, C)
+    tokens = [str(cascade.tokenizer.id_to_token(token)) for token in ids[0].tolist()]
     names = [*tokens, *map(" ".join, pairwise([*tokens, ""]))]
-    total: dict[str, float] = {}
+    total: Counter = Counter()
     for name, number in zip(names, (added[:, answer] - added[:, runner_up]).tolist(), strict=False):
-        total[name] = total.get(name, 0.0) + number
-    ranked = sorted(total.items(), key=lambda pair: -pair[1])
-    for_answer = {name: number for name, number in ranked[:MOST_NGRAMS] if number > 0}
-    for_runner_up = {name: -number for name, number in ranked[: -MOST_NGRAMS - 1 : -1] if number < 0}
-    return for_answer, for_runner_up
+        total[name] += number
+    ranked = total.most_common()
+    for_answer = {name: float(number) for name, number in ranked[:MOST_NGRAMS] if number > 0}
+    return for_answer, {name: -number for name, number in ranked[: -MOST_NGRAMS - 1 : -1] if number < 0}
 
 
-def print_exits(state: State, text: str) -> None:
-    """Print a row per exit, each with its five likeliest labels, and the words that speak at exit 0."""
-    exits = explain(state, text)
+def print_exits(cascade: Cascade, text: str) -> None:
+    """Print a row per exit, each with its five likeliest labels, and the tokens that speak at exit 0."""
+    exits = explain(cascade, text)
     taken = next(answer for answer, may_leave in exits if may_leave)
-    print(f"threshold {state.threshold:.6g}\n\n   layer  confidence  leaves  label and probabilities")
+    print(f"threshold {cascade.threshold:.6g}\n\n   layer  confidence  leaves  label and probabilities")
     for answer, may_leave in exits:
         likeliest = Counter(answer.probabilities).most_common(5)
         probabilities = ", ".join(f"{one_line(label, 30)} {p:.3f}" for label, p in likeliest)
         row = f"{'->' if answer is taken else '  '} {answer.exit_layer:>5}  {answer.confidence:>10.3f}"
         print(f"{row}  {'yes' if may_leave else 'no':<6}  {probabilities}")
-    for_answer, for_runner_up = exits[0][0].words or ({}, {})
     (label, _), (runner_up, _) = Counter(exits[0][0].probabilities).most_common(2)
-    print(f"\nexit 0 adds up words and pairs of neighbours. For {one_line(label, 30)}: {in_words(for_answer)}")
-    print(f"For {one_line(runner_up, 30)}, the runner-up: {in_words(for_runner_up)}")
+    for_answer, for_runner_up = map(in_words, exits[0][0].words or ({}, {}))
+    print("\nexit 0 adds up tokens (words, ##pieces of words, and punctuation) and pairs of neighbours.")
+    print(f"For {one_line(label, 30)}: {for_answer}\nFor {one_line(runner_up, 30)}, the runner-up: {for_runner_up}")
     place = f"after layer {taken.exit_layer}" if taken.exit_layer else "at exit 0, a bag of words"
     print(f"\n-> leaves {place} as {one_line(taken.label, 200)}")
 
@@ -78,34 +80,33 @@ def in_words(numbers: dict[str, float]) -> str:
     return ", ".join(f'"{one_line(name, 60)}" {number:+.2f}' for name, number in numbers.items()) or "nothing"
 
 
-def write_page(path: Path, state: State) -> None:
+def write_page(path: Path, cascade: Cascade, point: OperatingPoint, record: Namespace, validation: Validation) -> None:
     """Write the page of a run's validation texts, whole or not at all. An old page is replaced.
 
     Rows without a label are shown only if no row has one.
     """
-    record, point, logits = state.trained.record, state.point, state.logits
-    has_labels = (logits.labels >= 0).any()
-    shown = np.flatnonzero(logits.labels >= 0) if has_labels else np.arange(len(logits.labels))
-    logits, lowest, rule = logits.take(shown), 1 / len(record.labels), point.rule
-    texts = Texts(state.trained.tokenizer, state.trained.validation.take(shown))
-    answers = rule.answers(logits)
-    full = rule.at_full_depth(logits.bag, logits.model).softmax(-1).amax(-1)
+    is_labelled = validation.texts.labels >= 0
+    has_labels = is_labelled.any()
+    shown = np.flatnonzero(is_labelled | ~has_labels)
+    texts, logits, lowest = validation.texts.take(shown), validation.logits[:, shown], 1 / len(record.labels)
+    answers = answers_of(logits, point.rule, texts.labels, texts.keys)
+    full = at_full_depth(logits[0], logits[1], point.rule).softmax(-1).amax(-1)
     thresholds = sorted({lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > lowest)})
     right = answers.scored().labels
     classes = np.stack([answers.early, answers.full])  # (2, N)
     rows = range(min(MOST_ROWS, len(texts)))
-    words = (word_scores(state, texts, row) for row in progress(rows, desc="exit 0", unit="text"))
+    words = (word_scores(cascade, texts, row) for row in progress(rows, desc="exit 0", unit="text"))
     data: dict[str, Any] = {
         "scores": (100 * (answers.decide_at(thresholds) == right).mean(1)).tolist(),
         "speedup_ratios": answers.stay_at(thresholds).mean(1).tolist(),
         "exit_scores": (100 * (classes == right).mean(1)).tolist(),
         "task": record.task,
-        "labels": record.labels,
+        "labels": list(map(str, record.labels)),
         "depth": record.depth,
-        "model": Path(record.arguments.model).name,
+        "model": Path(record.arguments["trunk"] or record.arguments["model"]).name,
         "thresholds": thresholds,
         "lowest": lowest,
-        "point": asdict(point) | {"promise": point.promise, "metric": state.metric},
+        "point": asdict(point) | {"promise": report.what_is_promised(point), "metric": report.metric_of(point)},
         "metric": "accuracy" if has_labels else "agreement with full depth",
         "sentences": texts.examples.first,
         "predictions": classes.tolist(),

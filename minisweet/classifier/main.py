@@ -1,6 +1,6 @@
 """Commands for own text. Each is a few lines around `EarlyExitClassifier`, and its docstring is its help."""
 
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from collections import Counter
 from collections.abc import Callable
 from inspect import getdoc
@@ -8,22 +8,35 @@ from itertools import islice
 from pathlib import Path
 from shlex import quote
 
-from minisweet.base.commands import progress
-from minisweet.base.files import InputError, one_line
-from minisweet.classifier.cascade import Answers
-from minisweet.classifier.estimator import TEXTS_AT_ONCE, THRESHOLD, EarlyExitClassifier
+from minisweet.base.commands import Parser, progress
+from minisweet.base.devices import AMP_HELP
+from minisweet.base.files import LOG, InputError
+from minisweet.checkpoint import REPOSITORIES
+from minisweet.classifier import report
+from minisweet.classifier.estimator import EarlyExitClassifier
 from minisweet.classifier.explain import print_exits, write_page
-from minisweet.classifier.fit import FitOptions, Given
-from minisweet.classifier.folder import save_choice, save_state
-from minisweet.classifier.operating_point import measure
-from minisweet.classifier.options import Parser, TrainingOptions, name_of, path_to
-from minisweet.classifier.promise import Goal, texts_needed
 from minisweet.classifier.rows import all_columns, cell, joined, read_rows, read_texts, row_writer, text_column
-from minisweet.classifier.run import check_output
-from minisweet.classifier.state import State
+from minisweet.classifier.run import ARGUMENTS, load_cascade, save_choice
+from minisweet.classifier.training import BESIDE_TRUNK, DEPLOYMENT, KINDS, check_options
+from minisweet.run import check_output
 from minisweet.texts import Examples
 
 WINDOW = 1024  # rows that `predict` reads, and sorts by length, at once
+OPTIONS = {  # arguments of `EarlyExitClassifier` and its `load`, with their help
+    "model": f"{', '.join(REPOSITORIES)}, a folder or a hub id (default: minilm-l6)",
+    "trunk": "run or classifier to start from; it is not trained",
+    "dev_size": "share of the labelled texts, or groups, that is set aside (default: 0.2)",
+    "seed": "random seed of order and dropout (default: 0)",
+    "lr": "initial learning rate (default: by the model)",
+    "epochs": "passes over the data (default: by its rows)",
+    "batch_size": "texts at once (default: 16 in training, and 8 for a large DeBERTa; otherwise 32)",
+    "max_length": "tokens; longer texts are cut (default: 256, or a trunk's)",
+    "device": "auto, cpu, cuda or cuda:N (default: auto)",
+    "amp": f"{AMP_HELP} (default: auto)",
+    "max_lost": "lose at most this many of 100 texts (default: 3.0)",
+    "sure": "confidence in that, in percent (default: 90.0)",
+    "threshold": "exit at this confidence; at 1 all texts run all layers (default: the one that was chosen)",
+}
 
 
 def fit(words: list[str]) -> None:
@@ -37,51 +50,54 @@ def fit(words: list[str]) -> None:
     Files are .csv, .tsv or .jsonl. A model is fine-tuned, and exit 0, a bag of words, stands in front of it. Then `fit`
     does what `minisweet choose` does.
     """
-    parser = parser_of(fit)
+    parser = parser_of(fit, *ARGUMENTS, "max_lost", "sure")
     option = parser.add_argument
     option("file", nargs="?", type=Path, metavar="FILE", help="labelled texts: .csv, .tsv or .jsonl")
     option("--unlabelled", type=Path, action="append", default=[], metavar="FILE", help="more texts; repeatable")
-    option("--text-columns", type=name_of, help="the column of texts (default: text or sentence)")
-    option("--label-column", type=name_of, metavar="NAME", help="(default: label)")
-    option("--group-column", type=name_of, metavar="NAME", help="rows of one value, such as a thread, stay together")
+    option("--text-columns", help="the column of texts (default: text or sentence)")
+    option("--label-column", metavar="NAME", help="(default: label)")
+    option("--group-column", metavar="NAME", help="rows of one value, such as a thread, stay together")
     option("--dev-data", type=Path, metavar="FILE", help="validation rows (default: rows of FILE set aside)")
     option("--out", type=Path, help="run folder (default: runs/<the name of FILE>)")
     option("--overwrite", action="store_true", help="replace the run in --out when the new one is trained")
-    parser.add_options(FitOptions, title="training")
-    parser.add_options(Goal)
     args = parser.parse_args(words)
-    options, goal = parser.make(FitOptions, args), parser.make(Goal, args)
-    parser.need(args, args.file and not args.dev_data, "a split of FILE, not --dev-data", "dev_size")
-    parser.need(args, args.file or args.dev_data, "FILE or --dev-data", "label_column")
-    if not args.file and not (args.trunk and args.unlabelled):
+    given = typed(args)
+    classify = EarlyExitClassifier(**given)
+    check_options(**classify.get_params())
+    for name in ("model", "lr", "epochs"):
+        if name in given and "trunk" in given:
+            raise InputError(BESIDE_TRUNK, name)
+    if "dev_size" in given and (args.dev_data or not args.file):
+        raise InputError("needs a split of FILE, not --dev-data", "dev_size")
+    if args.label_column is not None and not (args.file or args.dev_data):
+        raise InputError("needs FILE or --dev-data", "label_column")
+    if not args.file and not ("trunk" in given and args.unlabelled):
         raise InputError("FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE")
-    name = (args.file or args.unlabelled[0]).stem
-    out = args.out or Path("runs") / name
+    out = args.out or Path("runs") / (args.file or args.unlabelled[0]).stem
     check_output(out, args.overwrite)
-    classify = EarlyExitClassifier(**vars(options), **vars(goal))
-    classify.train_on(read_files(args, name))
+    fit_files(classify, args)
     check_output(out, args.overwrite)  # again, since training takes a while
-    save_state(out, classify.state, args.overwrite)
+    classify.save(out, args.overwrite)
     print_choice(out, classify)
 
 
-def read_files(args: Namespace, name: str) -> Given:
-    """Read the files that `fit` names: the rows, those to validate on, and the unlabelled ones."""
+def fit_files(classify: EarlyExitClassifier, args: Namespace) -> None:
+    """Train on the files that `fit` names."""
     first = args.file or args.unlabelled[0]
-    label = args.label_column or "label"
+    label = "label" if args.label_column is None else args.label_column
     column = text_column(first, args.text_columns)
     if args.file and label == column:
         raise InputError(f"{column}, should not be the label column", "text_columns")
 
     def read(file: Path, label: str | None) -> Examples:
-        own = column if file is first else text_column(file, args.text_columns, [column])
+        own = column if file is first else text_column(file, args.text_columns, column)
         return read_texts(file, own, label, args.group_column)
 
     rows = read(first, label) if args.file else Examples([], None, None, names=[])
-    validation = read(args.dev_data, label) if args.dev_data else None
+    given = read(args.dev_data, label) if args.dev_data else None
     unlabelled = joined(*(read(file, None) for file in args.unlabelled)) if args.unlabelled else None
-    label = label if args.file or validation else None
-    return Given(name, rows, validation, unlabelled, "str", column, label, args.group_column)
+    columns = {"text_column": column, "label_column": label if args.file or given else None}
+    classify.fit_rows(first.stem, rows, given, unlabelled, **columns, group_column=args.group_column)
 
 
 def choose(words: list[str]) -> None:
@@ -94,16 +110,11 @@ def choose(words: list[str]) -> None:
     goal that is fixed in advance, not for the best of several. In another precision than before, the validation texts
     run again. Writes operating.json and logits.safetensors, which the other commands read.
     """
-    parser = parser_of(choose)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_options(Goal)
-    parser.add_options(TrainingOptions, "device", "amp")
-    args = parser.parse_args(words)
-    goal = parser.make(Goal, args)
+    args = parser_of(choose, "max_lost", "sure", "device", "amp").parse_args(words)
+    goal = {"max_lost": 3.0, "sure": 90.0} | typed(args, "max_lost", "sure")
     # At threshold 1 nothing is promised yet, so that no warning speaks of the precision of an old promise.
-    classify = EarlyExitClassifier.load(args.run, threshold=1.0, device=args.device, amp=args.amp)
-    classify.choose(goal.max_lost, goal.sure)
-    save_choice(args.run, classify.state)
+    classify = EarlyExitClassifier.load(args.run, threshold=1.0, **typed(args, "device", "amp")).choose(**goal)
+    save_choice(args.run, classify.operating_point, classify.validation)
     print_choice(args.run, classify)
 
 
@@ -115,54 +126,25 @@ def test(words: list[str]) -> None:
     Also prints the precision, recall and F1 of each class. A text without a label counts as lost if early exit changes
     full depth's answer.
     """
-    parser = parser_of(test)
-    add_options(parser)
+    parser = parser_of(test, *DEPLOYMENT)
     parser.add_argument("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl")
-    parser.add_argument("--text-columns", type=name_of, help="(default: as in training, or text or sentence)")
+    parser.add_argument("--text-columns", help="(default: as in training, or text or sentence)")
     args = parser.parse_args(words)
-    state = load(args)
-    about, there = state.trained.about, all_columns(args.file)
-    column = text_column(args.file, args.text_columns, state.trained.record.text_columns)
-    label = next((name for name in (about.label_column, "label") if name in there), None)
+    classify = EarlyExitClassifier.load(args.run, **typed(args))
+    record, there = classify.record, all_columns(args.file)
+    column = text_column(args.file, args.text_columns, record.text_column)
+    label = next((name for name in (record.label_column, "label") if name in there), None)
     if label == "label" and "exit_layer" in there and "predicted_label" not in there:
         raise InputError(f"{args.file}: its column label was written by predict, should hold the true labels")
-    group = about.group_column if about.group_column in there else None
-    if label != (named := about.label_column or "label"):
+    group = record.group_column if record.group_column in there else None
+    if label != (named := record.label_column or "label"):
         others = "the labels are those of column label" if label else "all rows count as unlabelled"
         print(f"{args.file}: no column {named}, so {others}")
-    if about.training_groups + about.validation_groups and not group:
-        print(f"{args.file}: no column {about.group_column or 'of groups'}, so each row counts by itself")
-    texts, told = state.new_texts(read_texts(args.file, column, label, group), args.file)
-    print(f"{args.file}: {told}")
-    print_test(state, state.ask(texts))
-
-
-def print_test(state: State, answers: Answers) -> None:
-    """Print the measured values next to those stated, and whether the promise held."""
-    point, measured = state.point, measure(state.threshold, answers)
-    has_labels, was_labelled = answers.is_labelled.any(), state.metric == "accuracy"
-    is_stated = state.threshold == point.threshold
-    print(f"\n{len(answers.labels):,} rows, threshold {state.threshold:.6g}")
-    print(f"{'':<26}{'here':>8}   95% interval{'stated':>15}")
-    titles = {"score": "accuracy", "full_depth": "full depth", "macro_f1": "macro F1"} if has_labels else {}
-    for key, title in (titles | {"lost": "lost, of 100 texts", "share": "share of the layers"}).items():
-        ends = measured.get(f"{key}_interval")
-        interval = "{:6.2f} to {:6.2f}".format(*ends) if ends else " " * 16
-        before = f"{getattr(point, key):12.2f}" if is_stated and (key in ("lost", "share") or was_labelled) else ""
-        print(f"{title:<26}{measured[key]:8.2f}   {interval}{before}")
-    if state.promise == point.promise:  # not at another threshold or in another precision
-        verdict = "held here"
-        needed = texts_needed(point.goal)[0]
-        if measured["judging_texts"] < needed:
-            verdict = f"too few texts to tell whether it holds; about {needed:,} suffice if none is lost"
-        elif measured["lost"] > point.goal.max_lost:
-            missing = "" if answers.is_labelled.all() else "because labels are missing, "
-            verdict = f"not held here: by chance, {missing}or these texts come from another source"
-        print(f"promised: at most {point.goal.max_lost:g} of 100 lost, {point.goal.sure:g}% sure; {verdict}")
-    if has_labels:
-        print(f"\n{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}")
-        for name, *scores, rows in zip(state.labels, *measured["per_class"].values(), strict=True):
-            print(f"{one_line(name, 24):<25}" + "{:10.1f}{:8.1f}{:8.1f}{:8,}".format(*scores, rows))
+    if record.training_groups + record.validation_groups and not group:
+        print(f"{args.file}: no column {record.group_column or 'of groups'}, so each row counts by itself")
+    answers, told = classify.ask_new(read_texts(args.file, column, label, group), args.file)
+    print(f"{args.file}: {told}\n")
+    print(*report.comparison(*classify.deployed, record, answers), sep="\n")
 
 
 def predict(words: list[str]) -> None:
@@ -174,40 +156,41 @@ def predict(words: list[str]) -> None:
     Each row keeps its columns and gets `label`, `confidence`, `exit_layer` (0 is before the first layer) and each
     label's probability, `p_<label>`. If the file has a column of that name, the new one is `predicted_<name>`.
     """
-    parser = parser_of(predict)
+    parser = parser_of(predict, *DEPLOYMENT)
     option = parser.add_argument
-    add_options(parser)
     option("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl")
     option("--out", type=Path, help="as FILE; replaced if it exists (default: standard output, as CSV)")
-    option("--text-columns", type=name_of, help="(default: as in training, or text or sentence)")
+    option("--text-columns", help="(default: as in training, or text or sentence)")
     args = parser.parse_args(words)
     if args.out and (args.out.is_dir() or args.out.resolve() == args.file.resolve()):
         raise InputError(f"{args.out} is {'a folder' if args.out.is_dir() else 'the input'}; name another file", "out")
-    state = load(args)
-    record = state.trained.record
-    column = text_column(args.file, args.text_columns, record.text_columns)
+    record, cascade, _ = load_cascade(args.run, check_options(**DEPLOYMENT | typed(args)))
+    column = text_column(args.file, args.text_columns, record.text_column)
     rows, there = read_rows(args.file), all_columns(args.file)
-    added = ["label", "confidence", "exit_layer", *(f"p_{name}" for name in state.labels)]
+    added = ["label", "confidence", "exit_layer", *(f"p_{label}" for label in record.labels)]
     while clash := {*added} & {*there}:
         added = [f"predicted_{name}" if name in clash else name for name in added]
 
     left: Counter[int] = Counter()
-    empty, cut = 0, 0
+    empty = cut = 0
     with row_writer(args.out, there + added) as write, progress(unit="row", desc="predict") as bar:
         while chunk := list(islice(rows, WINDOW)):
-            texts = state.tokenize([cell(args.file, line, row, column) for line, row in chunk])
-            for (_, row), answer in zip(chunk, state.classify(texts), strict=True):
-                numbers = [round(p, 9) for p in (answer.confidence, *answer.probabilities.values())]
-                cells = [answer.label, numbers[0], answer.exit_layer, *numbers[1:]]
-                write(row | dict(zip(added, cells, strict=True)))
+            texts = cascade.tokenize([cell(args.file, line, row, column) for line, row in chunk])
+            logits, layers = cascade.decide(texts)
+            for (_, row), answer in zip(chunk, cascade.as_answers(logits, layers.tolist()), strict=True):
+                confidence, *each = (round(p, 9) for p in (answer.confidence, *answer.probabilities.values()))
+                write(row | dict(zip(added, [answer.label, confidence, answer.exit_layer, *each], strict=True)))
                 left[answer.exit_layer] += 1
             empty += sum(not text.strip() for text in texts.examples.first)
             cut += int(texts.is_cut.sum())
             bar.update(len(chunk))
+    exits = ", ".join(f"{left[n]:,} at exit {n}" for n in (0, record.depth))
+    told = f"{left.total():,} rows at threshold {cascade.threshold:.6g}; {exits}; empty: {empty:,}"
+    told += f"; cut to {record.arguments['max_length']} tokens: {cut:,}"
     if args.out:
-        exits = ", ".join(f"{left[n]:,} at exit {n}" for n in (0, record.depth))
-        print(f"{args.out}: {left.total():,} rows at threshold {state.threshold:.6g}; {exits}", end="; ")
-        print(f"empty: {empty:,}; cut to {record.arguments.max_length} tokens: {cut:,}")
+        print(f"{args.out}: {told}")
+    else:
+        LOG.info(told)  # on standard error, beside the rows
 
 
 def explain(words: list[str]) -> None:
@@ -216,21 +199,22 @@ def explain(words: list[str]) -> None:
     minisweet explain RUN "The film was not superb."
     minisweet explain RUN --html page.html
     """
-    parser = parser_of(explain)
-    add_options(parser)
+    parser = parser_of(explain, *DEPLOYMENT)
     parser.add_argument("text", nargs="?", metavar="TEXT", help="a text")
-    parser.add_argument("--html", type=path_to(".html"), metavar="FILE", help="write a page of the validation rows")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of the validation rows")
     args = parser.parse_args(words)
     if (args.text is None) == (args.html is None):
         raise InputError("TEXT: should be a text; or --html FILE and no text")
-    of_text = "threshold", "batch_size", "device", "amp"
-    parser.need(args, args.text is not None, "TEXT; the page shows saved answers", *of_text)
-    state = load(args)
     if args.text is not None:
-        print_exits(state, args.text)
-    else:
-        write_page(args.html, state)
-        print(f"written to {args.html}")
+        print_exits(load_cascade(args.run, check_options(**DEPLOYMENT | typed(args)))[1], args.text)
+        return
+    for name in typed(args):
+        raise InputError("needs TEXT; the page shows saved answers", name)
+    if args.html.suffix.lower() != ".html":
+        raise InputError(f"{args.html}, should be a name that ends in .html", "html")
+    classify = EarlyExitClassifier.load(args.run)
+    write_page(args.html, *classify.deployed, classify.record, classify.validation)
+    print(f"written to {args.html}")
 
 
 def export(words: list[str]) -> None:
@@ -240,36 +224,27 @@ def export(words: list[str]) -> None:
     """
     parser = parser_of(export)
     option = parser.add_argument
-    option("run", type=Path, metavar="RUN", help="run folder")
-    option("--onnx", type=path_to(".onnx"), required=True, metavar="FILE.onnx", help="a file that does not exist yet")
+    option("--onnx", type=Path, required=True, metavar="FILE.onnx", help="a file that does not exist yet")
     option("--int8", action="store_true", help="eight-bit weights, and a promise of its own")
     args = parser.parse_args(words)
     classify = EarlyExitClassifier.load(args.run, threshold=1.0, device="cpu", amp="off")
     print(*classify.export(args.onnx, int8=args.int8), sep="\n")
 
 
-# --- What several commands share
+def parser_of(command: Callable[[list[str]], None], *names: str) -> Parser:
+    """The parser of a command, which shows its docstring, with some of the OPTIONS."""
+    parser = Parser(getdoc(command) or "", f"minisweet {command.__name__}")
+    if command is not fit:
+        parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    for name in names:
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=KINDS.get(name, str), default=SUPPRESS, help=OPTIONS[name])
+    return parser
 
 
-def parser_of(command: Callable[[list[str]], None]) -> Parser:
-    """The parser of a command, which shows its docstring."""
-    return Parser(getdoc(command) or "", f"minisweet {command.__name__}")
-
-
-def add_options(parser: Parser) -> None:
-    """Add the options that `load` reads."""
-    option = parser.add_argument
-    option("run", type=Path, metavar="RUN", help="run folder")
-    about = "exit at this confidence; at 1 all texts run to the last exit (default: the one that was chosen)"
-    option("--threshold", type=THRESHOLD, help=about)
-    option("--batch-size", type=TEXTS_AT_ONCE, default=32, help="the most texts that run at once (default: 32)")
-    parser.add_options(TrainingOptions, "device", "amp")
-
-
-def load(args: Namespace) -> State:
-    """Load the run that a command's options name."""
-    options = {name: getattr(args, name) for name in ("threshold", "device", "amp", "batch_size")}
-    return EarlyExitClassifier.load(args.run, **options).state
+def typed(args: Namespace, *names: str) -> dict:
+    """The OPTIONS that were typed, or some of them."""
+    return {name: value for name, value in vars(args).items() if name in (names or OPTIONS)}
 
 
 def print_choice(folder: Path, classify: EarlyExitClassifier) -> None:

@@ -1,19 +1,17 @@
-"""Your own text, in and out: files, and lists in Python. Both become `Examples` with labels and groups as written.
+"""Your own text, in and out: files, and lists in Python. Both become `Examples`, with labels and groups as written.
 
-Files are CSV, TSV and JSON lines, in UTF-8, or in UTF-16 with a byte-order mark.
+Files are CSV, TSV and JSON lines, in UTF-8.
 """
 
 import csv
 import json
-import re
 import sys
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 
@@ -23,12 +21,7 @@ from minisweet.texts import Examples
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 TEXT_COLUMNS = ("text", "sentence")  # by default, in this order
 ONE_TEXT = "join the two texts into one, or train on pairs with train.py"
-HALF = re.compile("[\ud800-\udfff]")  # half of a character (a surrogate), which UTF-8 cannot encode
-LabelType = Literal["str", "int", "float", "bool"]  # of labels in Python
 to_json = partial(json.dumps, ensure_ascii=False)
-
-
-# --- Files
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
@@ -37,38 +30,33 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
     Cells are strings, or None at the end of a short row; in JSON lines they are any JSON value. The header shows what
     separates cells: commas, semicolons or tabs. Raises InputError, naming the line, if a row cannot be read.
     """
-    suffix = _suffix(regular_file(path))
+    suffix = check_suffix(regular_file(path))
     number = 0
 
     def lines() -> Iterator[str]:
         nonlocal number
-        with path.open("rb") as file:
-            is_utf16 = file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE)
-        # Only "\n" ends a line: Unicode's other line breaks may occur in a text. Bytes that are not UTF-8 are refused
-        # below, with their line.
-        encoding = "utf-16" if is_utf16 else "utf-8-sig"
-        with path.open(encoding=encoding, errors="surrogateescape", newline="\n") as texts:
-            for number, line in enumerate(texts, 1):  # noqa: B007 (it is read outside)
-                yield line
+        with path.open("rb") as file:  # only "\n" ends a line: Unicode's other line breaks may occur in a text
+            for number, line in enumerate(file, 1):  # noqa: B007 (it is read outside)
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
 
     try:
-        rows = map(json.loads, filter(str.strip, lines())) if suffix == ".jsonl" else _table(lines(), suffix)
-        for row in rows:
+        for row in map(json.loads, filter(str.strip, lines())) if suffix == ".jsonl" else read_table(lines(), suffix):
             if not isinstance(row, dict):
-                raise ValueError("not an object")
-            to_json(row).encode()  # raises for half of an emoji, which JSON can hold, and for bytes that are not UTF-8
-            if None in row:
-                raise ValueError("it has more cells than the header")
+                raise ValueError('should be a JSON object, such as {"text": "...", "label": "..."}')
+            to_json(row).encode()  # JSON can hold half of a character, which no file can
             yield number, row
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (csv.Error, ValueError, TypeError, RecursionError) as error:  # of UTF-8 and of JSON too
-        kind = "a JSON object in UTF-8" if suffix == ".jsonl" else "cells in UTF-8"
+    except UnicodeDecodeError as error:
+        wrong = f"byte {error.object[error.start]:#x} is not UTF-8"
+        raise InputError(f"{path}, line {number}: {wrong}; save the file as UTF-8 (Latin-1 is not read)") from None
+    except (csv.Error, ValueError, TypeError, RecursionError) as error:
+        kind = "a JSON object" if suffix == ".jsonl" else "cells"
         raise InputError(f"{path}, line {number}: not readable as {kind} ({error})") from None
 
 
-def _table(lines: Iterator[str], suffix: str) -> Iterator[dict]:
-    """Rows of a table, with cells beyond the header under None. In a table of one column an empty line is a row."""
+def read_table(lines: Iterator[str], suffix: str) -> Iterator[dict]:
+    """Rows of a table. In a table of one column an empty line is a row."""
     csv.field_size_limit(2**31 - 1)  # characters of a cell; by default 131,072
     first = next(lines, "")
     delimiters = ",;\t" if suffix == ".csv" else "\t,;"
@@ -77,13 +65,17 @@ def _table(lines: Iterator[str], suffix: str) -> Iterator[dict]:
     header = next(table, [])
     if len(set(header)) < len(header):
         raise ValueError("two columns have the same name")
-    empty = [""] if len(header) == 1 else []
-    yield from (dict(zip_longest(header, cells or empty)) for cells in table if cells or empty)
+    for cells in table:
+        if len(cells) > len(header):
+            advice = f"a text that contains {delimiter!r} must be in double quotes"
+            raise ValueError(f"{len(cells)} cells, and the header has {len(header)}; {advice}")
+        if cells or len(header) == 1:
+            yield dict(zip_longest(header, cells or [""]))
 
 
 def all_columns(path: Path) -> list[str]:
     """A file's columns: those of its header; of JSON lines the keys of all rows, so that the whole file is read."""
-    rows = read_rows(path) if _suffix(path) == ".jsonl" else islice(read_rows(path), 1)
+    rows = read_rows(path) if check_suffix(path) == ".jsonl" else islice(read_rows(path), 1)
     return list(dict.fromkeys(chain.from_iterable(row for _, row in rows)))
 
 
@@ -94,7 +86,7 @@ def row_writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[[
     The output is UTF-8, and the file appears at the end, whole. CSV and TSV have these `columns`, and an empty cell
     where a row lacks one. Raises InputError for another suffix.
     """
-    suffix = _suffix(path) if path else ".csv"
+    suffix = check_suffix(path) if path else ".csv"
     file: Any = sys.stdout
     with ExitStack() as stack:
         if path:
@@ -111,7 +103,8 @@ def row_writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[[
         yield lambda row: table.writerow({k: to_json(v) if isinstance(v, is_json) else v for k, v in row.items()})
 
 
-def _suffix(path: Path) -> str:
+def check_suffix(path: Path) -> str:
+    """The suffix of a file of rows. Raises InputError for another one."""
     if (suffix := path.suffix.lower()) not in SUFFIXES:
         raise InputError(f"{path}: should end in {', '.join(SUFFIXES)}")
     return suffix
@@ -130,9 +123,9 @@ def find_column(option: str, path: Path, *choices: str) -> str:
     raise InputError(f"{path}: no column {lacking}; it has {preview(columns)}; {advice}")
 
 
-def text_column(path: Path, named: str | None, trained: Sequence[str] = ()) -> str:
+def text_column(path: Path, named: str | None, *trained: str) -> str:
     """The column of a file's texts: the one `named`, else the `trained` one, else a usual one."""
-    return find_column("--text-columns", path, *([named] if named else [*trained, *TEXT_COLUMNS]))
+    return find_column("--text-columns", path, *([*trained, *TEXT_COLUMNS] if named is None else [named]))
 
 
 def cell(path: Path, line: int, row: dict, column: str) -> str:
@@ -144,29 +137,28 @@ def cell(path: Path, line: int, row: dict, column: str) -> str:
 
 def read_texts(path: Path, column: str, label_column: str | None = None, group_column: str | None = None) -> Examples:
     """Read a file's texts, labels and groups. Rows without text are skipped and counted. Errors name the line."""
-    texts, names, groups, empty = [], [], [], 0
+    texts, labels, groups, empty = [], [], [], 0
 
     def name_in(column: str | None) -> str | None:
         try:
-            return label_name(row.get(column)) if column else None
+            return None if column is None else name_of(row.get(column))
         except ValueError as error:
             raise InputError(f"{path}, line {line}: {column!r:.60}: {error}") from None
 
     for option, named in (("--label-column", label_column), ("--group-column", group_column)):
-        if named:
+        if named is not None:
             find_column(option, path, named)
     for line, row in read_rows(path):
-        text = cell(path, line, row, column)
-        name, group = name_in(label_column), name_in(group_column)
+        text, label, group = cell(path, line, row, column), name_in(label_column), name_in(group_column)
         if text.strip():
             texts.append(text)
-            names.append(name)
+            labels.append(label)
             groups.append(group)
         else:
             empty += 1
     if not texts:
         raise InputError(f"{path}: no rows with text in {column}")
-    return Examples(texts, None, None, groups=groups if group_column else None, names=names, empty=empty)
+    return Examples(texts, None, None, groups=None if group_column is None else groups, names=labels, empty=empty)
 
 
 def joined(*parts: Examples) -> Examples:
@@ -180,28 +172,24 @@ def joined(*parts: Examples) -> Examples:
     return rows._replace(groups=groups) if any(groups) else rows
 
 
-# --- Lists in Python
-
-
-def label_name(value: object) -> str | None:
-    """A label or a group as text: 1 and 1.0 are both "1", and an empty cell is None. Raises ValueError for others."""
-    if value is None or type(value).__name__ == "NAType":  # pandas' NA, which has no truth value
+def clean_label(value: Any) -> str | int | float | bool | None:
+    """A label or a group, without blanks around it; None if it is empty or NaN. Raises ValueError for other types."""
+    if value is None or (isinstance(value, float) and value != value):
         return None
-    if type(value) not in (str, int, float, bool):  # an enumeration's member has another text than its value
+    if type(value) not in (str, int, float, bool):  # the text of an enumeration's member is not its value
         raise ValueError(f"{value!r:.60} is not a label, should be text or a number")
-    if value != value or not str(value).strip():  # NaN is empty too
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if HALF.search(str(value)):
-        raise ValueError(f"{value!r:.60} holds half of a character, should be valid Unicode")
-    return str(value).strip()
+    return (value.strip() or None) if isinstance(value, str) else value
+
+
+def name_of(value: Any) -> str | None:
+    """A label or a group as text: 1 and 1.0 are both "1"."""
+    value = clean_label(value)
+    return None if value is None else str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def as_list(values: Any, title: str) -> list:
     """A list, an array, or a Series or a frame of one column, as a list of plain values. Errors name the `title`."""
-    values = values.tolist() if isinstance(values, np.ma.MaskedArray) else values  # None where it is masked
-    if isinstance(values, Iterable) and not (hasattr(values, "__getitem__") or isinstance(values, set | frozenset)):
+    if isinstance(values, Iterable) and not hasattr(values, "__getitem__"):
         values = list(values)
     array = np.asarray(values, dtype=object)
     if array.ndim == 2 and array.shape[1] != 1:
@@ -214,45 +202,41 @@ def as_list(values: Any, title: str) -> list:
 
 
 def texts_of(texts: Any, option: str = "") -> Examples:
-    """A list of texts as unlabelled rows. Raises InputError, naming the item."""
+    """A list of texts as rows without labels. Raises InputError, naming the item."""
     values = as_list(texts, option or "texts")
     for i, text in enumerate(values):
-        if not isinstance(text, str):
-            raise InputError(f"item {i}: {text!r:.80}, should be one text", option)
-        if half := HALF.search(text):
-            raise InputError(f"item {i}: it holds {half[0]!r}, half of a character; should be valid Unicode", option)
+        try:
+            text.encode()  # which half of a character, as JSON can hold it, has not
+        except (AttributeError, UnicodeEncodeError):
+            raise InputError(f"item {i}: {text!r:.80}, should be one text", option) from None
     return Examples(values, None, None)
 
 
 def with_text(examples: Examples, groups: Iterable | None = None, option: str = "groups") -> Examples:
     """The rows that have text, with their groups; the others are counted. Raises InputError, naming the item."""
     if groups is not None:
-        examples = examples._replace(groups=names_of(groups, len(examples.first), option)[0])
+        named = [name_of(group) for group in labels_of(groups, len(examples.first), option)]
+        examples = examples._replace(groups=named)
     kept = [row for row, text in enumerate(examples.first) if text.strip()]
     if examples.first and not kept:
         raise InputError("texts: all of them are empty")
     return examples.take(kept)._replace(empty=len(examples.first) - len(kept))
 
 
-def labelled_texts(X: Any, y: Any, others: Collection[LabelType] = ()) -> tuple[Examples, LabelType]:
-    """Texts and labels as rows, and their type together with that of `others`. Raises InputError, naming the item."""
-    examples = texts_of(X)
-    names, types = names_of(y, len(examples.first), "labels")
-    types |= {*others}
-    if len(types) > 1 and types != {"int", "float"}:
-        raise InputError(f"labels: {' and '.join(sorted(types))} are mixed, should be of one type")
-    return examples._replace(names=names), "float" if "float" in types else cast(LabelType, next(iter(types), "str"))
-
-
-def names_of(values: Any, count: int, title: str) -> tuple[list[str | None], set[str]]:
-    """`count` labels or groups as text (None if empty), and the types of the others. Errors name the item."""
+def labels_of(values: Any, count: int, title: str) -> list:
+    """`count` labels or groups of any type, None for an empty one. Errors name the item."""
     values = as_list(values, title)
     if len(values) != count:
         raise InputError(f"{title}: {len(values):,}, should be as many as the texts, {count:,}")
-    names = []
     for i, value in enumerate(values):
         try:
-            names.append(label_name(value))
+            values[i] = clean_label(value)
         except ValueError as error:
             raise InputError(f"item {i}: {error}") from None
-    return names, {type(value).__name__ for value, name in zip(values, names, strict=True) if name is not None}
+    return values
+
+
+def labelled_texts(X: Any, y: Any) -> Examples:
+    """Texts and labels as rows. Raises InputError, naming the item."""
+    rows = texts_of(X)
+    return rows._replace(names=labels_of(y, len(rows.first), "labels"))

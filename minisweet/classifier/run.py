@@ -1,191 +1,202 @@
-"""A run of own text: what training produced, in a folder. RUNS.md says what each file and key holds.
+"""A run of own text: a folder with what `fit` produced. RUNS.md says what each file and key holds.
 
-Dimension letters: K exits, C classes.
+The id of a run is a hash of the model, the bag of words, the labels and the validation rows. Each file carries it, so
+that the files of two runs cannot be mixed, even if both were made with one trunk.
+
+Dimension letters: N validation rows, C classes.
 """
 
 import hashlib
 import json
-import os
-import platform
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from safetensors import safe_open
-from safetensors.torch import save
-from tokenizers import Tokenizer
-from torch import Tensor
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
-from minisweet.base.files import InputError, read_dataclass, read_json, write_json, written_beside
-from minisweet.classifier.options import TrainingOptions
-from minisweet.exits import MultiExitModel
+from minisweet.base.devices import choose_precision
+from minisweet.base.files import LOG, InputError, json_lines, read_dataclass, read_json, write_json, written_beside
+from minisweet.classifier import report
+from minisweet.classifier.bag_of_words import NgramExit
+from minisweet.classifier.cascade import Cascade, in_float32
+from minisweet.classifier.probe import FullModel
+from minisweet.classifier.promise import OperatingPoint
+from minisweet.classifier.rows import name_of
+from minisweet.exits import ExitHead
 from minisweet.fast import no_initial_weights
-from minisweet.loading import OURS, WEIGHTS, load_strict, open_weights
-from minisweet.texts import Examples, load_tokenizer
+from minisweet.loading import OURS, WEIGHTS, load_strict, new_encoder, open_weights, read_config
+from minisweet.run import environment
+from minisweet.texts import Examples, Texts, load_tokenizer
 
 RECORD, CONFIG, TOKENIZER, VALIDATION = "run.json", "config.json", "tokenizer.json", "validation.jsonl"
-LOGITS = "logits.safetensors"
+BAG, LOGITS, OPERATING = "bag_of_words.safetensors", "logits.safetensors", "operating.json"
+ARGUMENTS = "model trunk dev_size seed lr epochs batch_size max_length device amp".split()  # that made a run
+PROGRAM = "minisweet fit"  # `program` in run.json
+OF_ANOTHER = f"belongs to another run than {RECORD} beside it"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """The record of a run, as in run.json."""
+class Validation(NamedTuple):
+    """The validation rows."""
 
-    id: str = ""  # the SHA-256 of the weights
-    arguments: TrainingOptions  # with defaults filled in; the epochs of `fit` depend on the stage
-    task: str
-    labels: list[str]  # (C,)
-    metric: Literal["accuracy", "matthews"]
-    text_columns: list[str]  # of the task's files; empty for the toy task
-    header: list[str] = field(default_factory=list)  # all columns of these files, if they have no header line
-    exit_layers: list[int]  # (K,)
-    depth: int  # the number of layers of the original encoder
-    vocab_size: int
-    losses: dict = field(default_factory=dict)  # by stage: the losses of each step
-    seconds: float = 0.0  # of training
-    subset: list[int]  # the rows that were trained on
-    weights: str  # the SHA-256 of the file that the training started from
-    trained_keys: list[int]  # the keys of the texts that were trained on
-    device: str
-    precision: str
-    versions: dict
-    fit: dict | None = None  # what `minisweet fit` adds; None for a run of train.py
+    texts: Texts  # N rows, with classes, -1 for none
+    roles: np.ndarray  # (N,), see split.py
+    logits: Tensor  # (2, N, C), of the bag of words and of the model, in float32
 
 
-def run_name(options: TrainingOptions, task: str) -> str:
-    """The default name of a run's folder."""
-    name = f"{Path(os.path.realpath(options.model)).name}-{options.method}-{task}-seed{options.seed}"
-    return name + "-lte" * (options.exit_strategy == "lte")
+def hash_of(content: str | bytes) -> str:
+    """The SHA-256 of a text or of bytes."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python, the operating system and the libraries."""
-    libraries = {name: version(name) for name in ("torch", "tokenizers", "safetensors", "numpy")}
-    return {"python": platform.python_version(), "system": platform.platform(), **libraries}
+def id_of(model: FullModel, bag: NgramExit, labels: list, validation: str) -> str:
+    """The id of a run, from its parts and the hash of its validation rows."""
+    parts = [hash_of(save(model.state_dict())), hash_of(save(bag.state_dict())), json.dumps(labels), validation]
+    return hash_of("\n".join(parts))
 
 
-def weights_id(model: MultiExitModel) -> str:
-    """The id of a run: the SHA-256 of its model's weights."""
-    return hashlib.sha256(save(model.state_dict())).hexdigest()
+def new_record(
+    options: Namespace,
+    model: FullModel,
+    labels: list,
+    texts: Texts,
+    units: np.ndarray,
+    learned: Texts,
+    validating: Texts,
+    trunk: Namespace | None,
+    **about: Any,
+) -> Namespace:
+    """The record of a training that is about to start: the keys of run.json.
 
-
-def check_output(out: Path, overwrite: bool) -> None:
-    """Raise InputError if `out` cannot be written, or holds anything but a run to `overwrite`."""
-    if is_run(out):
-        if not overwrite:
-            raise InputError(f"{out} holds a run already; name another folder, or pass --overwrite", "out")
-        if "arguments" not in read_json(out / RECORD):
-            raise InputError(f"{out / RECORD} is not that of a run; name another folder", "out")
-    elif os.path.lexists(out) and not (out.is_dir() and not os.listdir(out)):
-        raise InputError(f"{out} exists and is not a run; name another folder", "out")
-    target = Path(os.path.realpath(out))  # as `written_beside`
-    if os.path.ismount(target):
-        raise InputError(f"{out} is a mount point, which cannot be replaced; name a folder in it", "out")
-    folder = next(path for path in target.parents if path.exists())
-    try:
-        os.rmdir(tempfile.mkdtemp(".partial", f".{out.name}.", folder))  # as `written_beside` will do
-    except OSError as error:
-        raise InputError(f"{out} cannot be written ({error.strerror})", "out") from None
+    `units` (N,) are those of all texts, some of which are learned and some validate. `about` are further keys.
+    """
+    groups, validated = ({*filter(None, part.examples.groups or ())} for part in (learned, validating))
+    kinds = units[texts.labels >= 0], units[texts.labels < 0]
+    return Namespace(
+        program=PROGRAM,
+        arguments={name: value for name, value in vars(options).items() if name in ARGUMENTS},
+        labels=labels,
+        head="linear" if isinstance(model.head, nn.Linear) else "pooler",
+        depth=model.encoder.depth,
+        vocab_size=model.encoder.config.vocab_size,
+        rows_per_unit=[len(kind) / max(1, len(np.unique(kind))) for kind in kinds],
+        validation_rows=len(validating),
+        validation=hash_of(lines_of(validating.examples, labels)),
+        weights=options.weights,
+        trained_keys=sorted({*learned.keys.tolist(), *(trunk.trained_keys if trunk else ())}),
+        training_groups=sorted({*groups, *(trunk.training_groups if trunk else ())}),
+        validation_groups=sorted(validated - groups),
+        **environment(options.place, choose_precision(options.amp, options.place, training=True)),
+        **about,
+    )
 
 
 def save_run(
-    out: Path,
-    record: Record,
-    model: MultiExitModel,
-    tokenizer: Tokenizer,
-    validation: Examples,
-    more: Mapping[str, bytes] | None = None,
-    overwrite: bool = True,
+    out: Path, cascade: Cascade, point: OperatingPoint, record: Namespace, validation: Validation, overwrite: bool
 ) -> None:
-    """Write a run to a folder, whole or not at all. With `overwrite` an existing run is replaced.
-
-    The record holds the id of the weights. `more` are further files, by name.
-    """
+    """Write a run to a folder, whole or not at all. An existing run is replaced, or refused."""
     with written_beside(out, overwrite) as folder:
         folder.mkdir()
-        write_json(folder / RECORD, asdict(record))
-        (folder / WEIGHTS).write_bytes(save(model.state_dict(), {"id": record.id}))
-        config = model.encoder.config
-        content = asdict(config) | {"num_hidden_layers": record.depth}
-        write_json(folder / CONFIG, content | {"model_type": OURS, "encoder_type": config.model_type})
-        (folder / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
-        with (folder / VALIDATION).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of(validation, record.labels))
-        for name, content_of_file in (more or {}).items():
-            (folder / name).write_bytes(content_of_file)
+        write_json(folder / RECORD, vars(record))
+        for name, module in ((WEIGHTS, cascade.model), (BAG, cascade.bag)):
+            (folder / name).write_bytes(save(module.state_dict(), {"id": record.id}))
+        config = cascade.model.encoder.config
+        write_json(folder / CONFIG, asdict(config) | {"model_type": OURS, "encoder_type": config.model_type})
+        (folder / TOKENIZER).write_text(cascade.tokenizer.to_str(), encoding="utf-8")
+        (folder / VALIDATION).write_text(lines_of(validation.texts.examples, record.labels), encoding="utf-8")
+        save_choice(folder, point, validation)
 
 
-def rows_of(examples: Examples, labels: list[str]) -> list[dict]:
-    """The rows of validation.jsonl. The label of a row without one is null."""
-    first = "text" if examples.second is None else "sentence1"
-    columns: dict[str, Any] = {first: examples.first, "sentence2": examples.second, "group": examples.groups}
-    names = [*labels, None]  # index -1 is None: no label
-    columns["label"] = [names[label] for label in examples.labels or ()]
-    columns = {name: values for name, values in columns.items() if values}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+def save_choice(folder: Path, point: OperatingPoint, validation: Validation) -> None:
+    """Write what was chosen into the folder of the run."""
+    tensors = {"logits": validation.logits, "roles": torch.from_numpy(validation.roles)}
+    for name, content in ((LOGITS, save(tensors, {"id": point.id})), (OPERATING, json_lines(asdict(point)).encode())):
+        with written_beside(folder / name) as new:
+            new.write_bytes(content)
 
 
-def is_run(folder: Path) -> bool:
-    """Whether `folder` holds a run."""
-    return os.path.isfile(folder / RECORD)
+def lines_of(examples: Examples, labels: list) -> str:
+    """The lines of validation.jsonl. The label of a row without one is null."""
+    names = [*labels, None]  # index -1 is None
+    columns: dict[str, Any] = {"text": examples.first, "label": [names[label] for label in examples.labels or ()]}
+    if examples.groups:
+        columns["group"] = examples.groups
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_record(folder: Path) -> Record:
-    """Read the record of a run. Raises InputError if there is none, or it is not of this version."""
-    if not is_run(folder):
-        raise InputError(f"{folder}: no run here (it has no {RECORD}); train one with train.py or minisweet fit")
+def read_record(folder: Path) -> Namespace:
+    """Read the record of a run. Raises InputError if there is none, or it is not of `minisweet fit` in this version."""
+    if not (folder / RECORD).is_file():
+        raise InputError(f"{folder}: no run here (it has no {RECORD}); train one with minisweet fit")
     content = read_json(folder / RECORD)
-    if "dev_rows" in content:
-        raise InputError(f"{folder}: a run of train.py, which is evaluated by: python evaluate.py {folder}")
-    if "fit" not in content:
+    if content.get("program") == PROGRAM:
+        return Namespace(**content)
+    if content.get("fit"):
         raise InputError(f"{folder}: a run of an earlier version of minisweet; train it again")
-    return read_dataclass(Record, folder / RECORD, content)
+    raise InputError(f"{folder}: a run of train.py, which is evaluated by: python evaluate.py {folder}")
 
 
-def load_weights(folder: Path, record: Record, make: Callable[[], Any]) -> Any:
-    """Make a model and load the weights of a run into it, if they are those of its record; see `load_model`."""
-    slices, metadata = open_weights(folder)
-    if metadata.get("id") != record.id:
-        raise InputError(f"{folder / WEIGHTS}: belongs to another run than {RECORD} beside it")
+def check_id(path: Path, run_id: str) -> Path:
+    """The path of a file of tensors. Raises InputError if it is missing, broken, or of another run."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("id")
+    except Exception as error:  # of the disk or of safetensors, according to what is wrong with the file
+        raise InputError(f"{path}: not readable ({error})") from None
+    if found != run_id:
+        raise InputError(f"{path}: {OF_ANOTHER}")
+    return path
+
+
+def load_model(folder: Path, record: Namespace) -> FullModel:
+    """Load the model of a run, in evaluation mode and on the CPU."""
+    slices, _ = open_weights(check_id(folder / WEIGHTS, record.id).parent)
     with no_initial_weights():
-        model = make()
+        encoder, C = new_encoder(read_config(folder), record.depth), len(record.labels)
+        is_linear = record.head == "linear"
+        model = FullModel(encoder, nn.Linear(encoder.config.hidden_size, C) if is_linear else ExitHead(encoder, C))
     load_strict(model, slices, folder)
     return model.eval()
 
 
-def load_run_tokenizer(folder: Path, record: Record) -> Tokenizer:
-    """Load the tokenizer of a run, which cuts texts as the training did."""
-    return load_tokenizer(folder, record.vocab_size, record.arguments.max_length)
+def load_cascade(folder: Path, options: Namespace) -> tuple[Namespace, Cascade, OperatingPoint]:
+    """Load the record of a run, what is deployed, and what is stated of it.
 
-
-def read_validation(folder: Path, record: Record) -> Examples:
-    """Read the validation rows of a run. Raises InputError if they cannot be read."""
-    numbers = {name: number for number, name in enumerate(record.labels)} | {None: -1}
-    try:
-        with (folder / VALIDATION).open(encoding="utf-8", newline="\n") as file:
-            rows = [json.loads(line) for line in file]
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        first = columns["text" if "text" in columns else "sentence1"]
-        labels = [numbers[label] for label in columns["label"]]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{folder / VALIDATION}: not readable ({error!r:.200})") from None
-    return Examples(first, columns.get("sentence2"), labels, groups=columns.get("group"))
-
-
-def read_tensors(path: Path, run_id: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a file.
-
-    Raises InputError if it is missing, broken, or of another run than `run_id`.
+    The options are a threshold (None for the one that was chosen), place, precision and batch_size. Raises InputError
+    if a file is missing, broken or of another run.
     """
+    record, point = read_record(folder), read_dataclass(OperatingPoint, folder / OPERATING)
+    if point.id != record.id:
+        raise InputError(f"{folder / OPERATING}: {OF_ANOTHER}")
+    bag = NgramExit(record.vocab_size, len(record.labels), [])
+    bag.load_state_dict(load_file(check_id(folder / BAG, record.id)))
+    tokenizer = load_tokenizer(folder, record.vocab_size, record.arguments["max_length"])
+    model = load_model(folder, record).to(options.place)
+    threshold = point.threshold if options.threshold is None else in_float32(options.threshold)
+    parts = tokenizer, record.labels, bag.to(options.place), model, point.rule, threshold
+    cascade = Cascade(*parts, options.place, options.precision, options.batch_size)
+    if options.threshold is None and point.threshold < 1 and point.precision != str(cascade.precision or torch.float32):
+        LOG.warning(report.promise_of(cascade, point, record))
+    return record, cascade, point
+
+
+def load_validation(folder: Path, record: Namespace, cascade: Cascade) -> Validation:
+    """Load the validation rows. Raises InputError if they are not those of the training, all of them."""
+    path, numbers = folder / VALIDATION, {name_of(label): n for n, label in enumerate(record.labels)} | {None: -1}
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            facts = file.metadata() or {}
-    except Exception as error:  # of the disk or of safetensors, according to what is wrong with the file
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
         raise InputError(f"{path}: not readable ({error})") from None
-    if facts.get("id") != run_id:
-        raise InputError(f"{path}: belongs to other weights than the model beside it")
-    return tensors, facts
+    if hash_of(text) != record.validation:
+        count = text.count("\n")
+        raise InputError(f"{path}: {OF_ANOTHER}, or changed: {count:,} rows, should be {record.validation_rows:,}")
+    rows = [json.loads(line) for line in text.split("\n")[:-1]]
+    labels, groups = [numbers[name_of(row["label"])] for row in rows], [row.get("group") for row in rows]
+    examples = Examples([row["text"] for row in rows], None, labels, groups=groups if any(groups) else None)
+    tensors = load_file(check_id(folder / LOGITS, record.id))
+    return Validation(Texts(cascade.tokenizer, examples), tensors["roles"].numpy(), tensors["logits"])

@@ -1,57 +1,66 @@
-"""Your own rows: their classes, the units that must stay together, and which rows train and which validate.
+"""Your own rows: their classes, the units that must stay together, and which rows learn, choose and judge.
 
 All rows are one `Texts`, and a side of the split is an array of its row numbers. A hash of the text, or of its group,
 decides the side. Labels, the order of rows and the seed do not.
 
-Dimension letters: N rows, n some of them.
+The units of the validation rows, which are texts or groups of texts, are dealt by a hash. A quarter *chooses*: it fits
+the rule of the cascade and picks the thresholds to try. Three quarters *judge* these (promise.py), by one text each.
+
+Dimension letters: N rows, n some of them, C classes.
 """
 
 import hashlib
-import unicodedata
-from collections import Counter
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from math import ceil
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from minisweet.base.files import LOG, InputError, preview
-from minisweet.texts import Texts
+from minisweet.classifier.rows import name_of
+from minisweet.texts import Examples, Texts
 
-MAY_BE_TYPO = 5  # rows: a class with fewer is reported
+CHOOSING = 4  # one in four validation units chooses, and the rest judge
 UNLABELLED_PER_JUDGE = 5  # one in five unlabelled units validates,
 MOST_JUDGES = 2000  # but at most 2,000
+CHOOSES, JUDGES, RESTS = range(3)  # the roles of validation rows: RESTS if another text judges for its unit
 # Near-duplicates are reported if more than a share MANY of at most LOOKED_AT validation texts have a share IN_COMMON of
 # their words in common with a training text.
-LOOKED_AT, MANY, IN_COMMON = 1000, 1 / 50, 4 / 5
+LOOKED_AT, MANY, IN_COMMON = 300, 1 / 50, 4 / 5
 
 
-def classes_of(names: Sequence[str | None]) -> list[str]:
-    """The distinct labels, sorted, by number if all are numbers. Logs those that may be typos."""
-    labels = sorted({name for name in names if name is not None})
+def classes_of(labels: Sequence[Any], others: Sequence[Any] = ()) -> list:
+    """The distinct labels (C,), sorted, by number if all are numbers. Whole ones become decimal beside decimal ones.
+
+    Raises InputError if they and `others` are not of one type, or if NumPy, in whose arrays answers are, changes them.
+    """
+    kinds = {type(label).__name__ for label in (*labels, *others) if label is not None}
+    if len(kinds) > 1 and kinds != {"int", "float"}:
+        raise InputError(f"labels: {' and '.join(sorted(kinds))} are mixed, should be of one type")
+    classes = sorted({label for label in labels if label is not None}, key=str)
     with suppress(ValueError):
-        labels = sorted(labels, key=float)
-    counts = Counter(names)
-    folded = {name: unicodedata.normalize("NFKC", name).casefold() for name in labels}
-    spellings = Counter(folded.values())
-    if alike := [name for name in labels if spellings[folded[name]] > 1]:
-        LOG.warning("separate classes that differ only in case or Unicode form: %s", preview(alike))
-    if rare := [f"{name} ({counts[name]:,})" for name in labels if counts[name] < MAY_BE_TYPO]:
-        LOG.warning("classes with fewer than %d rows, which may be typos: %s", MAY_BE_TYPO, preview(rare))
-    return labels
+        classes = sorted(classes, key=float)
+    kept = np.array(classes)
+    if kept.tolist() != classes or len(np.unique(kept)) < len(classes):
+        raise InputError(
+            f"labels: NumPy changes some, or mixes them up: {preview(list(map(repr, classes)))}; rename them"
+        )
+    return kept.tolist()
 
 
-def class_numbers(names: Sequence[str | None], labels: Sequence[str], trunk: str | None = None) -> np.ndarray:
-    """The class of each row (N,), -1 for a row without a label.
+def class_numbers(names: Sequence[Any], labels: Sequence[Any], trunk: str | None = None) -> np.ndarray:
+    """The class of each row (N,), -1 for a row without a label. Labels are compared as text.
 
     Raises InputError for a label that is not in `labels`, which are those of the `trunk` or of the rows to learn from.
     """
-    numbers = {name: number for number, name in enumerate(labels)} | {None: -1}
-    if unknown := [name for name in names if name not in numbers]:
+    numbers = {name_of(label): number for number, label in enumerate(labels)} | {None: -1}
+    if unknown := [name for name in names if name_of(name) not in numbers]:
         who = f"{trunk} does not know" if trunk else "no row to learn from has"
         raise InputError(f"{who} the label {unknown[0]!r:.60} of a row; should be one of {preview(labels)}")
-    return np.array([numbers[name] for name in names], dtype=np.int64)
+    return np.array([numbers[name_of(name)] for name in names], dtype=np.int64)
 
 
 def units_of(texts: Texts) -> np.ndarray:
@@ -69,10 +78,15 @@ def units_of(texts: Texts) -> np.ndarray:
     while not np.array_equal(units, before):  # a chain of links takes several rounds
         before = units.copy()
         for rows, places in links:
-            lowest = np.full(1 + places.max(initial=-1), np.iinfo(np.int64).max)
-            np.minimum.at(lowest, places, units[rows])
-            units[rows] = lowest[places]
+            units[rows] = lowest(units[rows], places)
     return units
+
+
+def lowest(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The lowest of the values (n,) that have the same of the places (n,): (n,)."""
+    found = np.full(1 + places.max(initial=-1), np.iinfo(np.int64).max)
+    np.minimum.at(found, places, values)
+    return found[places]
 
 
 def hashes(units: np.ndarray, purpose: str) -> np.ndarray:
@@ -95,74 +109,58 @@ def one_of_each(units: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return np.isin(hashed, hashed[order][np.unique(units[order], return_index=True)[1]])
 
 
-class Split(NamedTuple):
-    """Which rows of some `Texts` train and which validate."""
-
-    labels: Sequence[str]  # (C,)
-    texts: Texts  # all rows
-    labelled: np.ndarray  # (n,), the rows to learn from with their labels
-    unlabelled: np.ndarray  # (n,), the rows to learn from with a model's answers
-    validation: Texts  # with and without labels; groups go by the names of their units
-    validating: np.ndarray  # (n,), the rows of `validation`
-
-    @property
-    def learning(self) -> np.ndarray:
-        """The rows to learn from, first those with labels."""
-        return np.concatenate([self.labelled, self.unlabelled])
+def in_groups(rows: Examples, known: Collection[str]) -> np.ndarray:
+    """Whether each row (N,) belongs to one of the `known` groups."""
+    known = {*known}
+    return np.array([group in known for group in rows.groups or [None] * len(rows.first)], dtype=bool)
 
 
-def split_rows(name: str, texts: Texts, labels: Sequence[str], validation_rows: int, dev_size: float) -> Split:
-    """Split rows so that those of one unit are on one side.
+def split_rows(
+    name: str, texts: Texts, units: np.ndarray, labels: Sequence[Any], given: int, dev_size: float, known: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Split N rows, whose `units` (N,) stay together, with classes that are called `labels` (C,).
 
-    Args:
-        name: of the data, for errors.
-        texts: all rows, with the class of each, -1 for none.
-        labels: the names of the classes.
-        validation_rows: how many rows at the end are for validation. If 0, some labelled rows are set aside instead.
-        dev_size: the share of the labelled units to set aside.
-
-    Raises InputError if the rows have fewer than two classes, or none is left on a side.
+    The last rows are to validate on, if some are `given` for that; if not, a share `dev_size` of the labelled units is
+    set aside. Units with `known` rows (N,), which a trunk was trained on, cannot validate. Returns the rows to learn
+    from with their labels, those to learn from with a model's answers, and those to validate on. Raises InputError,
+    naming the data, if the rows have fewer than two classes, or none is left on a side.
     """
-    units = units_of(texts)
-    end = len(texts) - validation_rows
-    if not end:
-        raise InputError(f"{name}: no row has a label")
-    labelled, unlabelled = np.flatnonzero(texts.labels[:end] >= 0), np.flatnonzero(texts.labels[:end] < 0)
-    if len(classes := np.unique(texts.labels[labelled])) == 1:
+    numbers, rows = texts.labels, np.arange(len(texts) - given)
+    labelled, unlabelled = rows[numbers[rows] >= 0], rows[numbers[rows] < 0]
+    if len(classes := np.unique(numbers[labelled])) == 1:
         raise InputError(f"{name}: all rows have the label {labels[classes[0]]!r:.60}, needs two or more")
-    if validation_rows:
-        learning, validating = labelled, np.arange(end, len(texts))
-        is_apart = ~np.isin(units[validating], units[labelled])
-        # A text that is also learned from stays. It does not count when thresholds are chosen, and is reported there.
-        is_apart |= np.isin(texts.keys[validating], texts.keys[labelled])
-        if not is_apart.all():
-            LOG.warning("validation rows left out because their group is trained on: %d", (~is_apart).sum())
-        validating = validating[is_apart]
+    if given:
+        learning, validating = labelled, without(np.arange(len(rows), len(texts)), units, units[labelled])
     else:
-        of_labelled = units[labelled]
-        is_aside = dealt(of_labelled, round(dev_size * len(np.unique(of_labelled))), "set aside")
+        is_aside = dealt(units[labelled], round(dev_size * len(np.unique(units[labelled]))), "set aside")
         learning, validating = labelled[~is_aside], labelled[is_aside]
         if len(labelled) and not (len(learning) and len(validating)):
             raise InputError(f"{name}: too few rows: no text can be set aside, or none is left to learn from")
-    for rows, purpose in ((learning, "learn from"), (validating, "validate on")):
-        if lacking := [labels[n] for n in np.setdiff1d(texts.labels[labelled], texts.labels[rows])]:
-            LOG.warning("no row to %s has the label %s", purpose, preview(lacking))
-    judges = 0 if validation_rows else MOST_JUDGES  # rows that are given may come from another source than the others
-    answered, judging = deal_unlabelled(texts.keys, units, unlabelled, learning, validating, judges)
-    if not len(validating) + len(judging):
-        shortage = f"{len(answered)} unlabelled ones, needs at least {UNLABELLED_PER_JUDGE}"
-        shortage = "the groups of all that were given are trained on" if validation_rows else shortage
-        raise InputError(f"{name}: too few validation texts: {shortage}")
+    for side, purpose, effect in (
+        (learning, "learn from", "it is never the answer"),
+        (validating, "validate on", "nothing is measured of it"),
+    ):
+        if lacking := [labels[n] for n in np.setdiff1d(numbers[labelled], numbers[side])]:
+            advice = f"so {effect}; add rows of it, or merge it with another label"
+            LOG.warning("no row to %s has the label %s, %s", purpose, preview(lacking), advice)
+    # Unlabelled rows may come from another source than those that are given to validate on.
+    answered, judging = deal_unlabelled(
+        texts.keys, units, unlabelled, learning, validating, 0 if given else MOST_JUDGES
+    )
     if not len(learning) + len(answered):
         raise InputError(f"{name}: no text is left to learn from: all of them validate too")
     if len(unlabelled):
         left_out = len(unlabelled) - len(answered) - len(judging)  # labelled too, repeated, or of a validation group
         LOG.info("unlabelled texts: %d to learn from, %d to judge, %d left out", len(answered), len(judging), left_out)
-    rows = np.concatenate([validating, judging])
-    validation = texts.take(rows)
-    if validation.examples.groups:  # renamed to their units, so that merged groups stay merged when a run is loaded
-        validation.examples = validation.examples._replace(groups=[str(unit) for unit in units[rows]])
-    return Split(labels, texts, learning, answered, validation, rows)
+    return learning, answered, without(np.concatenate([validating, judging]), units, units[known])
+
+
+def without(rows: np.ndarray, units: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """The rows (n,) of no unit that was trained on. Warns of the others."""
+    is_left = ~np.isin(units[rows], trained)
+    if not is_left.all():
+        LOG.warning("validation rows left out, since their text or group is trained on: %d", (~is_left).sum())
+    return rows[is_left]
 
 
 def deal_unlabelled(
@@ -174,12 +172,48 @@ def deal_unlabelled(
     a unit with labelled validation rows are dropped.
     """
     new = unlabelled[np.sort(np.unique(keys[unlabelled], return_index=True)[1])]
-    new = new[~np.isin(keys[new], keys[np.concatenate([learning, validating])])]
-    new = new[~np.isin(units[new], units[validating])]
+    new = new[~np.isin(keys[new], keys[learning]) & ~np.isin(units[new], units[validating])]
     free = new[~np.isin(units[new], units[learning])]
     count = min(most, len(np.unique(units[free])) // UNLABELLED_PER_JUDGE)
     judging = free[dealt(units[free], count, "unlabelled")]
     return np.setdiff1d(new, judging), judging
+
+
+def deal_roles(keys: np.ndarray, units: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The role of each validation row (N,). Units with a label are dealt apart from those without."""
+    has_label, roles = np.isin(units, units[labels >= 0]), np.full(len(keys), RESTS)
+    for kind in (has_label, ~has_label):
+        count = ceil(len(np.unique(units[kind])) / CHOOSING)
+        roles[kind] = np.where(dealt(units[kind], count, "choose"), CHOOSES, RESTS)
+    others = np.flatnonzero(roles == RESTS)
+    roles[others[one_of_each(units[others], keys[others])]] = JUDGES
+    return roles
+
+
+def rows_to_test(tokenizer: Tokenizer, rows: Examples, record: Namespace, validating: np.ndarray) -> tuple[Texts, str]:
+    """The rows that may test what was chosen, one of each unit, and a line on those left out: how many, and why.
+
+    `record` is that of the run, and `validating` the keys of its validation texts.
+    """
+    numbers: dict = {name_of(label): number for number, label in enumerate(record.labels)} | {None: -1}
+    names = list(map(name_of, rows.names or ()))
+    unknown = preview(sorted({str(name) for name in names if name not in numbers}))
+    texts = Texts(tokenizer, rows._replace(labels=[numbers.get(name, -2) for name in names]))
+    left, reasons = np.ones(len(texts), dtype=bool), [f"{rows.empty:,} without text"] * bool(rows.empty)
+    for is_out, reason in (
+        (texts.labels == -2, f"with a label that the model does not know ({unknown})"),
+        (np.isin(texts.keys, record.trained_keys), "that were trained on"),
+        (np.isin(texts.keys, validating), "that are validation rows, which set the threshold"),
+        (in_groups(rows, record.training_groups), "in groups that were trained on"),
+        (in_groups(rows, record.validation_groups), "in groups of validation rows"),
+    ):
+        reasons += [f"{(is_out & left).sum():,} {reason}"] * int((is_out & left).any())
+        left &= ~is_out
+    texts = texts.take(np.flatnonzero(left))
+    represents = one_of_each(units_of(texts), texts.keys)
+    reasons += [f"{(~represents).sum():,} in a group for which another row stands"] * int(not represents.all())
+    told = f"{represents.sum():,} of {len(names) + rows.empty:,} rows count"
+    return texts.take(np.flatnonzero(represents)), f"{told}; left out: {', '.join(reasons)}" if reasons else told
 
 
 def warn_of_near_duplicates(validation: Texts, learned: Texts) -> None:
@@ -188,22 +222,14 @@ def warn_of_near_duplicates(validation: Texts, learned: Texts) -> None:
     Such texts make the scores too good. At most LOOKED_AT validation texts are compared.
     """
     rows = np.flatnonzero(~np.isin(validation.keys, learned.keys))
-    looked_at = validation.take(rows[:: max(1, ceil(len(rows) / LOOKED_AT))])
-    words, learned_words = ([np.unique(ids[1:-1]) for ids in texts.ids] for texts in (looked_at, learned))
-    sizes = np.array(list(map(len, learned_words)))
-    flat = np.concatenate(learned_words)
-    order = flat.argsort(kind="stable")
-    ends = flat[order].searchsorted(np.arange(max(map(np.max, learned.ids + looked_at.ids))), "right")
-    texts_with = np.split(np.arange(len(sizes)).repeat(sizes)[order], ends)  # by word
-    alike = []
-    for row, own in enumerate(words):
-        counts = np.bincount(np.concatenate([order[:0], *(texts_with[word] for word in own)]), minlength=len(sizes))
-        shares = counts / np.maximum(sizes, max(1, len(own)))  # of the words of the longer text
-        if shares.max() >= IN_COMMON:
-            alike.append((row, int(shares.argmax())))
-    if len(alike) > MANY * len(looked_at):
-        pair = (side.take([row]).examples.first[0] for side, row in zip((looked_at, learned), alike[0], strict=True))
+    rows = rows[:: max(1, ceil(len(rows) / LOOKED_AT))]
+    words, alike = [{*ids[1:-1].tolist()} for ids in learned.ids], []
+    for row in rows:
+        own = {*validation.ids[row][1:-1].tolist()}
+        shares = [len(own & other) / max(1, len(own), len(other)) for other in words]
+        if max(shares) >= IN_COMMON:
+            alike.append((validation.examples.first[row], learned.examples.first[shares.index(max(shares))]))
+    if len(alike) > MANY * len(rows):
         message = "near-duplicates: of %d validation texts, %d share four fifths of their words with a training text, "
         message += "such as %.70r with %.70r; the scores are optimistic; keep related texts together with "
-        message += "--group-column (groups= in Python)"
-        LOG.warning(message, len(looked_at), len(alike), *pair)
+        LOG.warning(message + "--group-column (groups= in Python)", len(rows), len(alike), *alike[0])

@@ -19,7 +19,8 @@ import numpy as np
 from minisweet import EarlyExitClassifier
 from minisweet.base.commands import Parser, list_of, number, run_command
 from minisweet.base.files import InputError
-from minisweet.classifier.operating_point import classification_report
+from minisweet.classifier.cascade import answers_of, at_full_depth
+from minisweet.classifier.promise import classification_report
 from minisweet.hub import home
 from minisweet.tasks import load_examples
 from minisweet.texts import Examples
@@ -49,11 +50,11 @@ def measure(
         found = {"way": way, "goal": "", "score": 100 * float((answers == right).mean())}
         found["macro_f1"] = float(np.mean(classification_report(answers, right, C)["f1"]))
         found |= {"share": share, "lost": "", "ece": "", "confidence": ""}
-        precision = "float32" if way in RIVALS else classify.state.trained.record.precision.removeprefix("torch.")
+        precision = "float32" if way in RIVALS else classify.record.precision.removeprefix("torch.")
         return found | {"minutes": "", "precision": precision, "commit": commit()} | about
 
     def deployed(**about: object) -> dict:
-        (early,), (stays,) = (choice([classify.state.threshold]) for choice in (answers.decide_at, answers.stay_at))
+        (early,), (stays,) = (choice([classify.cascade.threshold]) for choice in (answers.decide_at, answers.stay_at))
         lost = 100 * float(((answers.full == right) & (early != right)).mean())
         told = calibration(np.where(stays, sure, answers.confidence.numpy()), early == right)
         return row("deployed", early, float(stays.mean()), lost=lost, **about, **told)
@@ -62,10 +63,10 @@ def measure(
     unlabelled = {"unlabelled": more.first, "unlabelled_groups": more.groups} if more.first else {}
     classify.fit(labelled.first, labelled.labels, groups=labelled.groups, **unlabelled)
     minutes = (time.perf_counter() - started) / 60
-    state = classify.state
-    logits, rule = state.trained.ask(state.tokenize(test.first), state.device, state.precision), state.point.rule
-    sure = rule.at_full_depth(logits.bag, logits.model).softmax(-1).amax(-1).numpy()
-    answers, names = rule.answers(logits), np.array(state.labels)  # a class may be missing in few rows
+    cascade = classify.cascade
+    logits, rule = cascade.ask_both(texts := cascade.tokenize(test.first)), cascade.rule
+    sure = at_full_depth(logits[0], logits[1], rule).softmax(-1).amax(-1).numpy()
+    answers, names = answers_of(logits, rule, right, texts.keys), np.array(cascade.labels)  # few rows may lack a class
     answers = answers._replace(early=names[answers.early], full=names[answers.full])
     yield row("exit 0", answers.early, 0.0, **calibration(answers.confidence.numpy(), answers.early == right))
     yield row("full depth", answers.full, 1.0, minutes=minutes, **calibration(sure, answers.full == right))

@@ -11,9 +11,13 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from minisweet import load_encoder
-from minisweet.classifier import probe
+from minisweet.classifier.cascade import run_all
+from minisweet.exits import pool
 from minisweet.hub import home, model_folder
 from minisweet.texts import Examples, Texts, load_tokenizer
 
@@ -32,7 +36,11 @@ def minilm() -> tuple:
 def embed(texts: list[str]) -> np.ndarray:
     """Texts (N,) to normalised means of MiniLM's last hidden states: (N, D)."""
     encoder, tokenizer = minilm()
-    return probe.embed(encoder, Texts(tokenizer, Examples(texts, None, None))).numpy()
+
+    def step(ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
+        return F.normalize(pool(encoder(ids, mask, types)[-1], mask, "mean"))
+
+    return run_all(step, Texts(tokenizer, Examples(texts, None, None)), torch.device("cpu")).numpy()
 
 
 def fit_rival(name: str, train: Examples) -> Answer:

@@ -16,10 +16,9 @@ import torch
 from safetensors import safe_open
 
 from minisweet.base.commands import Parser, number, run_command
-from minisweet.classifier.cascade import Logits
-from minisweet.classifier.operating_point import choose
-from minisweet.classifier.promise import Goal, by_text, lost_texts
-from minisweet.classifier.split import UNLABELLED_PER_JUDGE, dealt
+from minisweet.classifier.cascade import answers_of
+from minisweet.classifier.promise import Goal, by_text, choose, lost_texts
+from minisweet.classifier.split import UNLABELLED_PER_JUDGE, deal_roles, dealt
 from tests.benchmark import CLASSIFIER, commit, write_rows
 
 GOAL = Goal()
@@ -28,11 +27,24 @@ HEAD = "judges broken lost layers score full_depth held_lost held_layers held_sc
 OFTEN = 50  # texts that are repeated
 
 
+class Pool(NamedTuple):
+    """N rows of texts, or of a file that is drawn of them."""
+
+    logits: torch.Tensor  # (2, N, C), of the bag of words and of the model
+    labels: np.ndarray  # (N,), -1 for a row without one
+    keys: np.ndarray  # (N,), equal for rows of one text
+    units: np.ndarray  # (N,), equal for rows of one group
+
+    def take(self, rows: np.ndarray) -> "Pool":
+        """Some of the rows (n,)."""
+        return Pool(self.logits[:, rows], *(part[rows] for part in self[1:]))
+
+
 class Line(NamedTuple):
     """A kind of draws. The texts of its pool are counted from 0 by its keys, and groups of them by its units."""
 
     name: str
-    pool: Logits
+    pool: Pool
     labelled: int  # units that are drawn with labels
     unlabelled: int = 0  # and without
     dev_size: float = 0.2
@@ -41,7 +53,7 @@ class Line(NamedTuple):
     repeated: float = 0.0  # share of new texts that repeat some
 
 
-def set_aside(line: Line, seed: int, rng: np.random.Generator, often: np.ndarray) -> Logits:
+def set_aside(line: Line, seed: int, rng: np.random.Generator, often: np.ndarray) -> Pool:
     """The rows of a drawn file that are set aside. One that has no label there has -1."""
     pool, count, sizes = line.pool, line.labelled + line.unlabelled, np.bincount(line.pool.units)
     again, nth = rng.random(count) < line.repeated, np.arange(count)
@@ -64,9 +76,10 @@ def outcome(line: Line, seed: int) -> list[float]:
     pool, rng = line.pool, np.random.default_rng(seed)
     units = (pool.units if line.by_group else pool.keys)[np.unique(pool.keys, return_index=True)[1]]  # of texts: (U,)
     sizes = np.bincount(units)  # (G,)
-    logits = set_aside(line, seed, rng, often := rng.permutation(len(sizes))[:OFTEN])
-    point = choose(logits, GOAL, combines=line.combines)
-    answers, at = point.rule.answers(pool), [point.threshold]
+    aside = set_aside(line, seed, rng, often := rng.permutation(len(sizes))[:OFTEN])
+    roles = deal_roles(aside.keys, aside.units, aside.labels)
+    point = choose(aside.logits, aside.labels, aside.keys, roles, GOAL, line.combines)
+    answers, at = answers_of(pool.logits, point.rule, pool.labels, pool.keys), [point.threshold]
     right = by_text(pool.keys, np.concatenate([answers.decide_at(at), [answers.full]]) == pool.labels)
     values = 100 * np.stack([*lost_texts(answers, at), *by_text(pool.keys, answers.stay_at(at)), *right])  # (4, U)
     weights = np.full(len(sizes), (1 - line.repeated) / len(sizes))
@@ -77,9 +90,9 @@ def outcome(line: Line, seed: int) -> list[float]:
     return [point.judging_texts, 100 * (truth[0] > GOAL.max_lost), *truth, *(100 * held)]
 
 
-def repeated_rows(pool: Logits, rng: np.random.Generator, are_groups: bool) -> Logits:
+def repeated_rows(pool: Pool, rng: np.random.Generator, are_groups: bool) -> Pool:
     """Up to eight rows of groups that may be lost and of texts that may not, else four; one in ten is as another's."""
-    differ = (pool.bag.argmax(-1) != pool.model.argmax(-1)).numpy()
+    differ = (pool.logits[0].argmax(-1) != pool.logits[1].argmax(-1)).numpy()
     units = np.repeat(np.arange(len(differ)), rng.integers(1, np.where(differ == are_groups, 9, 5)))
     rows = np.where(rng.random(len(units)) < 0.1, rng.integers(len(differ), size=len(units)), units)
     groups = pool.take(rows)._replace(keys=np.arange(len(rows)), units=units)
@@ -93,7 +106,7 @@ def lines() -> list[Line]:
         for key, name in (("sst2", "SST-2"), ("qqp", "QQP"), ("own", "Debian-12")):
             logits, labels = file.get_tensor(f"{key}.logits"), file.get_tensor(f"{key}.labels").long().numpy()
             texts = np.arange(len(labels))
-            two[name] = Logits(*logits.float(), labels, texts, texts)  # a text a row
+            two[name] = Pool(logits.float(), labels, texts, texts)  # a text a row
     for name, pool in two.items():
         found += [Line(f"{name}, {n:,}", pool, n) for n in (1600, 6000)]
         found.append(Line(f"{name}, 300 and 4,700 unlabelled", pool, *some))

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from minisweet import EarlyExitClassifier
 from minisweet.base.commands import Parser, list_of, number, run_command
 from minisweet.base.devices import device_name
-from minisweet.classifier.operating_point import classification_report
+from minisweet.classifier.promise import classification_report
 from minisweet.fast import tune_cpu
 from minisweet.hub import model_folder
 from minisweet.texts import Examples, special_tokens
@@ -57,7 +57,7 @@ def ours(run: str, threshold: float | None) -> Step:
     """Our classifier, by PyTorch."""
     tune_cpu()
     classify = EarlyExitClassifier.load(run, threshold=threshold)
-    names = classify.state.labels
+    names = classify.cascade.labels
     return lambda part: [(names.index(a.label), a.exit_layer) for a in classify.classify(part)]
 
 
@@ -191,7 +191,7 @@ def main() -> None:
     args = parser.parse_args()
     runs, found = [(str(run.resolve()), EarlyExitClassifier.load(run)) for run in args.runs], []
     _, classify = runs[0]
-    labels = list(map(str, classify.state.labels))
+    labels = list(map(str, classify.cascade.labels))
     parts = [[(row["text"], labels.index(row["label"])) for row in read_rows(file)] for file in (args.train, args.test)]
     words = " ".join(text for text, _ in parts[1]).split()
     rows = sorted(parts[1], key=lambda row: len(row[0]))
@@ -200,7 +200,7 @@ def main() -> None:
     for count in args.words:
         timed[f"{count} words"] = [" ".join(words[n * count : (n + 1) * count]) for n in range(FEW)]
     about = {"machine": device_name(torch.device("cpu")), "date": date.today(), "commit": commit()}
-    model = classify.state.trained.ask_model(classify.state.tokenize(texts), torch.device("cpu"), None).argmax(-1)
+    model = classify.cascade.ask_model(classify.cascade.tokenize(texts)).argmax(-1)
     with TemporaryDirectory() as name:
         learnt = list(map(list, zip(*parts[0], strict=True)))
         Path(name, "rows").write_text(json.dumps([learnt[0], None, learnt[1]]))
@@ -211,7 +211,7 @@ def main() -> None:
             macro_f1 = f"{np.mean(classification_report(answered, right, len(labels))['f1']):.1f}"
             if (kind, side) == ("int8", "ONNX Runtime"):  # whose answers are not our model's
                 score = macro_f1 = ""
-            depth = classify.state.trained.record.depth
+            depth = classify.record.depth
             share = float(side not in (TFIDF, STATIC)) if None in layers else float(np.mean(layers)) / depth
             told = {"score": score, "macro_f1": macro_f1, "share": f"{share:.2f}"}
             for some in timed:
