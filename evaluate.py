@@ -191,8 +191,10 @@ def main() -> None:
     option("--predict", type=Path, metavar="TSV", help="new texts to answer, in the columns of the task's files")
     option("--threshold", type=number(float, 0, 1), help="for --predict: the confidence at which a text exits")
     option("--data-dir", type=Path, help="the folder of the tasks (default: that of the training)")
-    option("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    option("--amp", choices=AMP_CHOICES, default="auto", help=f"{AMP_HELP}; --predict: as evaluated (%(default)s)")
+    option("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    option(
+        "--amp", choices=AMP_CHOICES, default="auto", help=f"{AMP_HELP}; --predict: as evaluated (default: %(default)s)"
+    )
     args = parser.parse_args()
     if (args.predict is None) != (args.threshold is None):
         raise InputError("--predict FILE.tsv and --threshold go together")

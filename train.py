@@ -152,12 +152,12 @@ def main() -> None:
     """Train one run, and say what to do next."""
     parser = Parser(__doc__)
     option = parser.add_argument
-    option("--method", choices=METHODS, default="sweet", help="(%(default)s)")
-    option("--task", default="toy", help=f"{', '.join(TASKS)}, or a folder in --data-dir (%(default)s)")
+    option("--method", choices=METHODS, default="sweet", help="(default: %(default)s)")
+    option("--task", default="toy", help=f"{', '.join(TASKS)}, or a folder in --data-dir (default: %(default)s)")
     add_training_options(parser)
-    option("--lr", type=positive_number, help="initial learning rate (by the model and the task)")
-    option("--seed", type=number(int, 0), default=0, help="of rows, order, heads and dropout (%(default)s)")
-    option("--out", type=Path, help="run folder (runs/<model>-<method>-<task>-seed<k>)")
+    option("--lr", type=positive_number, help="initial learning rate (default: by the model and the task)")
+    option("--seed", type=number(int, 0), default=0, help="of rows, order, heads and dropout (default: %(default)s)")
+    option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
     option("--overwrite", action="store_true", help="replace the run in --out when the new one is trained")
     args = parser.parse_args()
     tune_cpu()

@@ -14,15 +14,15 @@ WHERE = ("data_dir", "device")  # these two do not change what is trained
 
 def add_training_options(parser: Parser) -> None:
     """Add the options in WHAT and WHERE. None means: it depends on the model, the task and its rows (defaults.py)."""
-    option = parser.add_argument
-    option("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, a folder or a hub id (%(default)s)")
-    option("--pooling", choices=("cls", "mean"), help="what exits read: cls, or the tokens' mean (the checkpoint's)")
-    option("--exit-layers", type=list_of(number(int, 1)), help="counted from 1, as in 1,4,6,12 (the paper's)")
-    option("--exit-strategy", choices=HEADS, default="confidence", help="lte: learning-to-exit (%(default)s)")
-    option("--train-size", type=number(int, 1), default=6000, help="training rows, sampled with the seed (%(default)s)")
-    option("--max-length", type=number(int, 8), default=256, help="tokens; longer texts are cut (%(default)s)")
-    option("--epochs", type=number(int, 1), help="passes over the data (by the task or its rows)")
-    option("--batch-size", type=number(int, 1), help="examples (16, and 8 for a large DeBERTa)")
-    option("--amp", choices=AMP_CHOICES, default="auto", help=f"{AMP_HELP} (%(default)s)")
-    option("--data-dir", type=Path, default=home() / "data", help="the folder of the tasks (%(default)s)")
-    option("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    option, pooling = parser.add_argument, "what exits read: cls, or the tokens' mean (default: the checkpoint's)"
+    option("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, a folder or hub id (default: %(default)s)")
+    option("--pooling", choices=("cls", "mean"), help=pooling)
+    option("--exit-layers", type=list_of(number(int, 1)), help="counted from 1, as in 1,4,6,12 (default: the paper's)")
+    option("--exit-strategy", choices=HEADS, default="confidence", help="lte: learning-to-exit (default: %(default)s)")
+    option("--train-size", type=number(int, 1), default=6000, help="rows, sampled with the seed (default: %(default)s)")
+    option("--max-length", type=number(int, 8), default=256, help="tokens; longer texts are cut (default: %(default)s)")
+    option("--epochs", type=number(int, 1), help="passes over the data (default: by the task or its rows)")
+    option("--batch-size", type=number(int, 1), help="examples (default: 16, and 8 for a large DeBERTa)")
+    option("--amp", choices=AMP_CHOICES, default="auto", help=f"{AMP_HELP} (default: %(default)s)")
+    option("--data-dir", type=Path, default=home() / "data", help="the folder of the tasks (default: %(default)s)")
+    option("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
