@@ -72,4 +72,5 @@ def test_what_one_reads_to_follow_a_training_and_an_evaluation_is_short():
     training = reach(CHECKOUT / "train.py") | {PACKAGE / "__init__.py"}
     heart = [CHECKOUT / "train.py", CHECKOUT / "evaluate.py", *(PACKAGE / f"{name}.py" for name in HEART)]
     for paths, most in ((training, 2400), (reach(CHECKOUT / "evaluate.py"), 2400), (heart, 1150)):
-        assert sum(path.read_text().count("\n") for path in paths) <= most
+        assert (lines := sum(path.read_text().count("\n") for path in paths)) <= most
+    assert f"{lines:,} lines in nine files" in (CHECKOUT / "README.md").read_text()  # of the heart
