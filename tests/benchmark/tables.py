@@ -52,7 +52,7 @@ README_LONG += [("full depth", "our file, full depth", "`fit`, full depth")]
 README_LONG += [("deployed", "our file, deployed", "`fit`, early exit")]
 # The page's sides by numbers of words.
 TIMES = {"one_by_one": "ms, one by one", "in_batches": "ms, in batches"}  # of speed.csv
-UNSHOWN = "bag of words$|unlabelled texts|^transformers|^ONNX Runtime, int8"  # sides that the page's table leaves out
+UNSHOWN = "bag of words|unlabelled texts|^transformers|^ONNX Runtime, int8"  # sides that the page's table leaves out
 WORDS = [("float32", side) for side in ("our file, bag of words", RIVALS[0], "our classifier, full depth")]
 WORDS += [(kind, "our file, full depth") for kind in ("float32", "int8")]
 
