@@ -146,12 +146,6 @@ def counted(runs: Sequence[Run], seeds: Sequence[int]) -> dict[int, Run]:
     return {n: run for n, run in kept.items() if run}
 
 
-def best_rate(runs: Sequence[Run], seed: int) -> float | None:
-    """The rate with the largest area on a seed, of the runs of a task and method (App. A); None where none has one."""
-    areas = {run.rate: run.area for run in runs if run.seed == seed}
-    return max(areas, key=areas.__getitem__, default=None)
-
-
 def complete(chosen: Chosen, tasks: Sequence[str], methods: Iterable[str]) -> list[str]:
     """The tasks that all these methods ran on. One with fewer than three seeds does not count beside others."""
     seeds = {task: min(len(chosen.get((task, method), {})) for method in methods) for task in tasks}
