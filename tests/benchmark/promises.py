@@ -113,7 +113,7 @@ def lines() -> list[Line]:
     own, rng = two["Debian-12"], np.random.default_rng(0)
     rows, own_groups = (repeated_rows(own, rng, are_groups) for are_groups in (False, True))
     found.append(Line("Debian-12, 1,200 and 3,800 unlabelled", own, 1200, 3800))
-    say, groups = "Debian-12, with exit 0's logits, ", "Debian-12, groups, "
+    say, groups = "Debian-12, with the bag's logits, ", "Debian-12, groups, "
     found.append(Line(f"{say}1,600", own, 1600, combines=True))
     found.append(Line("Debian-12, several rows of a text, 1,600 texts", rows, 1600))
     found.append(Line(f"{groups}`--group-column`, 1,600 groups", own_groups, 1600))

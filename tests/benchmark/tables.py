@@ -306,7 +306,7 @@ def by_rows() -> dict[str, str]:
         "texts, labelled rows",
         ["lost of 100", "layers run, %", "calibration error", "confidence − accuracy, by draw"],
     )
-    head = [first, "best rival", "full model", "early exit", "layers run, %", "early exit − rival"]
+    head = [first, "best rival", "full depth", "early exit", "layers run, %", "early exit − rival"]
     times = {
         side["side"]: side
         for side in read_rows(CLASSIFIER / "speed.csv")
