@@ -7,8 +7,8 @@
 
 One forward pass over all validation rows gives the answers of every exit, which determine the decisions at all
 thresholds. No threshold is chosen, and temperatures are cross-fitted on the same rows (minisweet/confidence.py).
-Prints the scores and the curve, and writes evaluation.json, curve.png and, for other criteria, logits.safetensors into
-the run folder.
+Prints the scores and the curve, and writes evaluation.json, curve.png and logits.safetensors (to try other criteria)
+into the run folder.
 
 With --predict it answers new texts by live early exit instead: for each line of the file, which has the columns of the
 task's files (no label is needed), it prints label, confidence and exit layer, with tabs between them.
@@ -116,7 +116,7 @@ def write_logits(path: Path, answers: list[Answer], texts: Texts, run_id: str) -
 
 
 def predict(folder: Path, file: Path, threshold: float, device: str = "auto", amp: str = "auto") -> None:
-    """Answer the texts of a file by live early exit, as evaluated: its criterion, temperatures and precision.
+    """Answer the texts of a file by live early exit: the evaluation's criterion and precision, fitted on all its rows.
 
     Prints a line for each text, in order: label, confidence and exit layer. Raises InputError for a file without the
     task's columns, for a line with too many or too few cells, and for another precision.

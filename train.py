@@ -124,7 +124,7 @@ def train(args: Namespace) -> Path:
     start, losses = time.perf_counter(), []
     settings = {name: getattr(args, name) for name in ("epochs", "batch_size", "lr", "seed")}
     for model in models:
-        with used_rows(model.encoder.word_embeddings, texts) as few:  # only for speed
+        with used_rows(model.encoder.word_embeddings, texts) as few:  # for speed: `few` has new ids
             losses.append(fine_tune(model, few, **settings, device=device, precision=precision))
 
     # 5. Save.

@@ -28,7 +28,7 @@ class Task(NamedTuple):
     steps: int = 0  # the least steps by default: more epochs are run if `epochs` give fewer
 
 
-PAPER_STEPS = 750  # two epochs of 6,000 rows in batches of 16: after far fewer, an exit may still predict one class
+PAPER_STEPS = 750  # for own data: two epochs of 6,000 rows in batches of 16; after far fewer an exit may learn nothing
 # GLUE's rows with this label, on which annotators disagree, are skipped; so are QQP's that a line break cuts in two.
 NO_LABEL = "-"
 # The order of classes. Toolkits disagree about MNLI's, so a classifier from elsewhere may need its classes swapped.

@@ -18,6 +18,7 @@ from minisweet.base.files import InputError, preview, read_json, regular_file
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 # Start, end, padding and unknown word. MPNet's vocabulary holds BERT's too, and its pairs are <s> A </s></s> B </s>.
 BERTS, MPNETS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]"), ("<s>", "</s>", "<pad>", "[UNK]")
+SPECIAL = [MPNETS, BERTS]  # a tokenizer's are the first of these that it has
 # What tokenizer_config.json says of how a text is split into the words of vocab.txt, and what `tokenizers` calls it.
 WORD_PIECE = {"do_lower_case": "lowercase", "strip_accents": "strip_accents"}
 WORD_PIECE |= {"tokenize_chinese_chars": "handle_chinese_chars"}
@@ -120,7 +121,7 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, max_tokens: i
     tokenizer.add_special_tokens(list(special))
     start, end, *_ = special
     one = [f"{start}:0", "$A:0", f"{end}:0"]
-    between = [f"{end}:0"] if special == MPNETS else []
+    between = [f"{end}:0"] if special != BERTS else []
     known = [(token, ids[token]) for token in (start, end)]
     tokenizer.post_processor = processors.TemplateProcessing(one, [*one, *between, "$B:1", f"{end}:1"], known)
     tokenizer.no_padding()
@@ -130,7 +131,7 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, max_tokens: i
 
 def special_tokens(tokenizer: Tokenizer) -> tuple[str, str, str, str]:
     """A tokenizer's tokens for start, end, padding and unknown words."""
-    return BERTS if None in map(tokenizer.token_to_id, MPNETS) else MPNETS  # get_vocab() would take 10 ms
+    return next((some for some in SPECIAL if None not in map(tokenizer.token_to_id, some)), BERTS)
 
 
 def special_ids(tokenizer: Tokenizer) -> list[int]:
