@@ -136,6 +136,8 @@ def test_labels_are_text_numbers_or_bools_or_none():
     assert refused(labels_of, ["a", HTTPStatus.OK], 2, "labels").startswith(
         "item 1: <HTTPStatus.OK: 200> is not a label"
     )
+    for wrong in (float("inf"), "\ud800"):  # which no file of a run can hold
+        assert refused(labels_of, ["a", wrong], 2, "labels").startswith("item 1: ")
     assert [name_of(label) for label in ("1", 1, 1.0, True, 2.5)] == ["1", "1", "1", "True", "2.5"]
 
 

@@ -108,7 +108,7 @@ def metric_of(point: OperatingPoint) -> str:
 
 def summary(cascade: Cascade, point: OperatingPoint, record: Namespace) -> list[str]:
     """Lines on the bag of words, early exit and full depth: scores, warnings, who judges, advice, what is promised."""
-    lines = [f"{'on new texts':<42}{metric_of(point):>12}   95% interval   share of the layers"]
+    lines = [f"{f'on new texts, {metric_of(point)}':<42}{'in percent':>12}   95% interval   share of the layers"]
     for name, score, interval, share in (
         ("a bag of words alone (exit 0)", point.exit_0, point.exit_0_interval, 0.0),
         ("deployed", point.score, point.score_interval, point.share),
