@@ -54,21 +54,15 @@ def before_training(record: Namespace, options: Namespace, learned: Texts, side:
 def rows_needed(goal: Goal, are_labelled: bool, record: Namespace) -> str:
     """How many rows, or groups of rows, it takes before anything can be promised."""
     share = record.set_aside if are_labelled or record.set_aside == 1 else 1 / split.UNLABELLED_PER_JUDGE
-    judges = promise.texts_needed(goal)
-    units = [ceil(ceil(n * split.CHOOSING / (split.CHOOSING - 1)) / share) for n in judges]
-    kind, per_unit = (
-        ("labelled rows" if are_labelled else "rows without a label"),
-        record.rows_per_unit[not are_labelled],
+    units = [ceil(ceil(n * split.CHOOSING / (split.CHOOSING - 1)) / share) for n in promise.texts_needed(goal)]
+    kind, per_unit = "labelled rows" if are_labelled else "rows without a label", record.rows_per_unit[not are_labelled]
+    has_groups, rows = record.training_groups + record.validation_groups, [ceil(n * per_unit) for n in units]
+    one, two, three = units if has_groups else rows
+    words = (
+        f"it takes about {one:,} {'groups of ' if has_groups else ''}{kind} if none is lost, {two:,} if one is, and "
     )
-    rows = [ceil(count * per_unit) for count in units]
-    words = "it takes about {:,} {} if none is lost, {:,} if one is, and {:,} if two are"
-    if not record.training_groups + record.validation_groups:
-        return words.format(rows[0], kind, *rows[1:])
-    in_rows = "{:,}, {:,} and {:,} rows".format(*rows)
-    return (
-        words.format(units[0], f"groups of {kind}", *units[1:])
-        + f" (at {per_unit:.1f} rows a group, as here: {in_rows})"
-    )
+    in_rows = " (at {:.1f} rows a group, as here: {:,}, {:,} and {:,} rows)".format(per_unit, *rows)
+    return f"{words}{three:,} if two are{in_rows if has_groups else ''}"
 
 
 def promise_of(cascade: Cascade, point: OperatingPoint, record: Namespace) -> str:
