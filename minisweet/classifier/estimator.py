@@ -150,7 +150,8 @@ class EarlyExitClassifier:
             LOG.warning("unlabelled_groups is missing, so each unlabelled text counts as a group by itself")
         if validation is not None and (not isinstance(validation, tuple | list) or len(validation) != 2):
             raise InputError("should be (texts, labels)", "validation")
-        rows = rows_of(*(([], []) if X is None and self.trunk else (X, y)), groups)
+        X, y = ([], []) if X is None and self.trunk else (X, y)
+        rows = rows_of(X, y, groups)
         given = None if validation is None else rows_of(*validation)
         if given and not given.first:
             raise InputError("has no rows", "validation")
@@ -255,9 +256,10 @@ class EarlyExitClassifier:
             from minisweet.classifier.onnx import export_onnx
         except ImportError as error:
             raise InputError(f"needs the package {error.name} (pip install '.[onnx]')", "onnx") from None
-        (cascade, point), cpu = self.deployed, torch.device("cpu")
+        cascade, point = self.deployed
         model, bag = copy.deepcopy((cascade.model, cascade.bag))  # which go on answering on their device
-        alone = replace(cascade, model=model.cpu(), bag=bag.cpu(), device=cpu, precision=None, threshold=point.threshold)
+        alone = replace(cascade, model=model.cpu(), bag=bag.cpu(), threshold=point.threshold)
+        alone = replace(alone, device=torch.device("cpu"), precision=None)
         return export_onnx(Path(path), alone, point, self.record, self.validation, int8)
 
     @classmethod

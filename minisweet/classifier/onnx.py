@@ -209,14 +209,12 @@ def export_onnx(
         describe(file, cascade, point, record, int8)
         new.write_bytes(file.SerializeToString())
         size = new.stat().st_size / 1e6
-    cascade = replace(cascade, threshold=point.threshold)
-    promise = report.promise_of(cascade, replace(point, precision="torch.float32") if int8 else point, record)
+    cascade, stated = replace(cascade, threshold=point.threshold), point
+    if int8:
+        stated = replace(point, precision="torch.float32")  # what is promised of the file holds in its own precision
     first = f"{out}: {'int8' if int8 else 'float32'}, {size:.1f} MB, by default at threshold {point.threshold:.6g}"
-    return [
-        first,
-        f"{len(tried):,} validation rows, one by one: {differ:,} answers or exits are not the model's",
-        promise,
-    ]
+    second = f"{len(tried):,} validation rows, one by one: {differ:,} answers or exits are not the model's"
+    return [first, second, report.promise_of(cascade, stated, record)]
 
 
 def describe(file: ModelProto, cascade: Cascade, point: OperatingPoint, record: Namespace, int8: bool) -> None:

@@ -59,6 +59,7 @@ KINDS = {  # the options that are not text, by what reads them in a shell
     "amp": checked(str, lambda word: word in AMP_CHOICES, f"one of {', '.join(AMP_CHOICES)}"),
 }
 DEPLOYMENT = {"threshold": None, "batch_size": 32, "device": "auto", "amp": "auto"}  # options of a run that is loaded
+OF_LISTS = {"text_column": "text", "label_column": "label", "group_column": "group"}  # where a run of lists reads files
 BY_DEFAULT_NONE = ("lr", "epochs", "batch_size", "max_length", "threshold")
 BESIDE_TRUNK = "cannot stand beside a trunk: nothing but the bag of words is trained then"
 
@@ -109,7 +110,7 @@ def train(
     roles = split.deal_roles(side.keys, own_units, side.labels)
     if not (roles == split.JUDGES).any():
         raise InputError(f"{name}: too few validation texts: one has to choose, and another one to judge")
-    about = columns | {"task": name, "set_aside": 1.0 if given else options.dev_size}
+    about = OF_LISTS | columns | {"task": name, "set_aside": 1.0 if given else options.dev_size}
     record = run.new_record(options, model, labels, texts, units, learned, side, trunk, **about)
     if examples.empty:
         LOG.warning("empty texts, skipped: %d", examples.empty)
