@@ -227,10 +227,10 @@ def test_intervals_are_as_wide_as_theory_says(n, p):
 def test_words_of_a_promise():
     point = replace(draw(0, 1000).choose(GOAL), threshold=0.8, share=0.5, full_depth=73.7, score=75.2)
     point = replace(point, judging_texts=744, labelled_judges=100, lost=1400 / 744)
-    seen = "On 744 of your texts that the model had not seen, early exit lost at most 14 answers that the full model "
+    seen = "On 744 of your texts that the model had not seen, early exit lost at most 14 answers that full depth "
     seen += "had right."
     promised = " In the long run at most 3 in 100 new texts like these are lost, 90% sure."
-    scores = " Of 100 labelled texts the full model got 73.7% right, early exit 75.2%."
+    scores = " Of 100 labelled texts full depth got 73.7% right, early exit 75.2%."
     assert what_is_promised(point) == seen + promised + scores
     assert what_is_promised(replace(point, threshold=1.0)) == ""
 

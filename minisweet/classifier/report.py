@@ -86,11 +86,11 @@ def what_is_promised(point: OperatingPoint) -> str:
     count = round(point.lost * point.judging_texts / 100)
     at_most = "at most " * (point.judging_texts > point.labelled_judges)  # a missing label only adds to the count
     words = f"On {point.judging_texts:,} of your texts that the model had not seen, early exit lost {at_most}"
-    words += f"{count:,} answer{'s' * (count != 1)} that the full model had right."
+    words += f"{count:,} answer{'s' * (count != 1)} that full depth had right."
     words += f" In the long run at most {point.goal.max_lost:g} in 100 new texts like these are lost,"
     words += f" {point.goal.sure:g}% sure."
     if point.labelled_judges:
-        words += f" Of {point.labelled_judges:,} labelled texts the full model got {point.full_depth:.1f}% right,"
+        words += f" Of {point.labelled_judges:,} labelled texts full depth got {point.full_depth:.1f}% right,"
         words += f" early exit {point.score:.1f}%."
     return words
 
@@ -121,7 +121,7 @@ def summary(cascade: Cascade, point: OperatingPoint, record: Namespace) -> list[
         more = "more rows, texts without labels (--unlabelled) or a larger --max-lost let more texts leave"
         lines.append(f"early exit saves {saved}: {more}; full depth alone loses no answer and takes about as long")
     judges = f"{point.judging_texts:,} of {record.validation_rows:,} validation rows judge, one of each text and group"
-    return [*lines, f"{judges}; a quarter chooses the thresholds to try", promise_of(cascade, point, record)]
+    return [*lines, f"{judges}; a quarter proposes thresholds", promise_of(cascade, point, record)]
 
 
 def comparison(cascade: Cascade, point: OperatingPoint, record: Namespace, answers: Answers) -> list[str]:
