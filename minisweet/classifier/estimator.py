@@ -184,9 +184,13 @@ class EarlyExitClassifier:
         """Choose a threshold for a goal, and replace the cascade."""
         (texts, roles, logits), precision = validation, str(cascade.precision or torch.float32)
         goal, combines = Goal(max_lost=options.max_lost, sure=options.sure), record.arguments["trunk"] is None
-        point = choose(logits, texts.labels, texts.keys, roles, goal, combines, precision)
-        cascade = replace(cascade, rule=point.rule, threshold=point.threshold)
-        self._deployed, self.record, self.validation = (cascade, replace(point, id=record.id)), record, validation
+        point = choose(logits, texts.labels, texts.keys, roles, goal, combines)
+        cascade, point = replace(cascade, rule=point.rule, threshold=point.threshold), replace(point, id=record.id)
+        self._deployed, self.record, self.validation = (
+            (cascade, replace(point, precision=precision)),
+            record,
+            validation,
+        )
 
     @property
     def deployed(self) -> tuple[Cascade, OperatingPoint]:

@@ -209,12 +209,10 @@ def export_onnx(
         describe(file, cascade, point, record, int8)
         new.write_bytes(file.SerializeToString())
         size = new.stat().st_size / 1e6
-    cascade, stated = replace(cascade, threshold=point.threshold), point
-    if int8:
-        stated = replace(point, precision="torch.float32")  # what is promised of the file holds in its own precision
+    cascade = replace(cascade, threshold=point.threshold)
     first = f"{out}: {'int8' if int8 else 'float32'}, {size:.1f} MB, by default at threshold {point.threshold:.6g}"
     second = f"{len(tried):,} validation rows, one by one: {differ:,} answers or exits are not the model's"
-    return [first, second, report.promise_of(cascade, stated, record)]
+    return [first, second, report.promise_of(cascade, point, record)]
 
 
 def describe(file: ModelProto, cascade: Cascade, point: OperatingPoint, record: Namespace, int8: bool) -> None:
@@ -243,7 +241,7 @@ def choose_for_int8(
     answers = [one_by_one(file, validation.texts, threshold=np.array(at, np.float32))[0] for at in (0, 1)]
     logits = torch.from_numpy(np.stack(answers)).clamp(min=1e-37).log()  # (2, N, C)
     labels, keys, combines = validation.texts.labels, validation.texts.keys, record.arguments["trunk"] is None
-    point = choose(logits, labels, keys, validation.roles, point.goal, combines, "int8")
+    point = choose(logits, labels, keys, validation.roles, point.goal, combines)
     set_numbers(file, point.threshold, point.rule)
     return point
 

@@ -73,7 +73,7 @@ class OperatingPoint:
     share_interval: list[float]
     temperatures: list[float]  # (2,), of the bag of words and of the model
     weights: list[float]  # (2,), how much the bag's answer counts: 0, and at full depth
-    precision: str  # that the model ran in
+    precision: str = "torch.float32"  # that the model ran in
 
     @property
     def rule(self) -> Rule:
@@ -151,18 +151,12 @@ def by_text(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def choose(
-    logits: Tensor,
-    labels: np.ndarray,
-    keys: np.ndarray,
-    roles: np.ndarray,
-    goal: Goal,
-    combines: bool = False,
-    precision: str = "torch.float32",
+    logits: Tensor, labels: np.ndarray, keys: np.ndarray, roles: np.ndarray, goal: Goal, combines: bool = False
 ) -> OperatingPoint:
     """Choose what to deploy, from the logits (2, N, C) of both exits for N validation rows, some of which judge.
 
     Of each row the label (-1 for none), the key of its text and the role are given, (N,). The bag of words contributes
-    to full depth if it `combines`. The model ran in `precision`.
+    to full depth if it `combines`.
     """
     # 1. What is decided before anyone looks at the answers to a judging text.
     choosing, judging = np.flatnonzero(roles == CHOOSES), np.flatnonzero(roles == JUDGES)
@@ -178,8 +172,11 @@ def choose(
     point |= {"exit_0": alone["score"], "exit_0_interval": alone["score_interval"], "labelled_judges": a}
     if (judges.decide_at([threshold])[0] != judges.full)[~judges.is_labelled].any():
         point["lost_interval"][0] = 0.0  # full depth may be wrong there
-    point |= {"choosing_texts": len(np.unique(choosers.keys)), "precision": precision}
-    point |= {"temperatures": list(rule[:2]), "weights": [0.0, rule[2]]}
+    point |= {
+        "temperatures": list(rule[:2]),
+        "weights": [0.0, rule[2]],
+        "choosing_texts": len(np.unique(choosers.keys)),
+    }
     return OperatingPoint(threshold=threshold, goal=goal, **point)
 
 

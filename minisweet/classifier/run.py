@@ -60,22 +60,10 @@ def id_of(model: FullModel, bag: NgramExit, labels: list, validation: str) -> st
 
 
 def new_record(
-    options: Namespace,
-    model: FullModel,
-    labels: list,
-    texts: Texts,
-    units: np.ndarray,
-    learned: Texts,
-    validating: Texts,
-    trunk: Namespace | None,
-    **about: Any,
+    options: Namespace, model: FullModel, labels: list, learned: Texts, validating: Texts, trunk: Any, **about: Any
 ) -> Namespace:
-    """The record of a training that is about to start: the keys of run.json.
-
-    `units` (N,) are those of all texts, some of which are learned and some validate. `about` are further keys.
-    """
+    """The record of a training that is about to start: the keys of run.json. `about` are further keys."""
     groups, validated = ({*filter(None, part.examples.groups or ())} for part in (learned, validating))
-    kinds = units[texts.labels >= 0], units[texts.labels < 0]
     return Namespace(
         program=PROGRAM,
         arguments={name: value for name, value in vars(options).items() if name in ARGUMENTS},
@@ -83,7 +71,6 @@ def new_record(
         head="linear" if isinstance(model.head, nn.Linear) else "pooler",
         depth=model.encoder.depth,
         vocab_size=model.encoder.config.vocab_size,
-        rows_per_unit=[len(kind) / max(1, len(np.unique(kind))) for kind in kinds],
         validation_rows=len(validating),
         validation=hash_of(lines_of(validating.examples, labels)),
         weights=options.weights,

@@ -111,7 +111,8 @@ def train(
     if not (roles == split.JUDGES).any():
         raise InputError(f"{name}: too few validation texts: one has to choose, and another one to judge")
     about = OF_LISTS | columns | {"task": name, "set_aside": 1.0 if given else options.dev_size}
-    record = run.new_record(options, model, labels, texts, units, learned, side, trunk, **about)
+    about["rows_per_unit"] = [len(n) / max(1, len(np.unique(n))) for n in (units[numbers >= 0], units[numbers < 0])]
+    record = run.new_record(options, model, labels, learned, side, trunk, **about)
     if examples.empty:
         LOG.warning("empty texts, skipped: %d", examples.empty)
     report.before_training(record, options, learned, side, roles)
