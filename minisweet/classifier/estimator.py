@@ -1,6 +1,5 @@
 """Early exit by scikit-learn's conventions: texts in, labels out."""
 
-import copy
 import inspect
 from argparse import Namespace
 from collections.abc import Iterable
@@ -227,8 +226,7 @@ class EarlyExitClassifier:
         answers, told = self.ask_new(rows_of(X, y, groups), "X")
         if "left out" in told:
             LOG.warning(told)
-        threshold = self.cascade.threshold
-        measured = measure(threshold, answers) | {"per_class": report.per_class(threshold, answers)}
+        measured = measure(self.cascade.threshold, answers)
         of_labels = "score score_interval full_depth full_depth_interval macro_f1 per_class".split()
         return measured if answers.is_labelled.any() else measured | dict.fromkeys(of_labels)
 
@@ -260,11 +258,7 @@ class EarlyExitClassifier:
             from minisweet.classifier.onnx import export_onnx
         except ImportError as error:
             raise InputError(f"needs the package {error.name} (pip install '.[onnx]')", "onnx") from None
-        cascade, point = self.deployed
-        model, bag = copy.deepcopy((cascade.model, cascade.bag))  # which go on answering on their device
-        alone = replace(cascade, model=model.cpu(), bag=bag.cpu(), threshold=point.threshold)
-        alone = replace(alone, device=torch.device("cpu"), precision=None)
-        return export_onnx(Path(path), alone, point, self.record, self.validation, int8)
+        return export_onnx(Path(path), *self.deployed, self.record, self.validation, int8)
 
     @classmethod
     def load(

@@ -144,7 +144,7 @@ def test(words: list[str]) -> None:
         print(f"{args.file}: no column {record.group_column or 'of groups'}, so each row counts by itself")
     answers, told = classify.ask_new(read_texts(args.file, column, label, group), args.file)
     print(f"{args.file}: {told}\n")
-    print(*report.comparison(*classify.deployed, record, answers), sep="\n")
+    print(*report.comparison(*classify.deployed, answers), sep="\n")
 
 
 def predict(words: list[str]) -> None:

@@ -190,11 +190,12 @@ def export_onnx(
 ) -> list[str]:
     """Write one file of a classifier, with weights of eight bits if `int8`, whole or not at all.
 
-    The cascade is on the CPU, in float32 and at the threshold that was chosen; its model cannot be used afterwards.
     Returns the lines that `minisweet export` prints. Raises InputError if `out` exists, or more than one float32
     answer, and more than 0.1% of them, differ from the model's.
     """
-    texts = validation.texts
+    model, bag = copy.deepcopy((cascade.model, cascade.bag))  # which go on answering on their device
+    cascade = replace(cascade, model=model.cpu(), bag=bag.cpu(), threshold=point.threshold)
+    cascade, texts = replace(cascade, device=torch.device("cpu"), precision=None), validation.texts
     judging = np.flatnonzero(validation.roles == JUDGES)
     tried = texts.take(judging if len(judging) else np.arange(len(texts)))
     with written_beside(out, overwrite=False) as new:

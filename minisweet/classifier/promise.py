@@ -169,6 +169,7 @@ def choose(
     # 2. What the judges say.
     threshold = fixed_sequence(judges, goal, thresholds_to_try(choosers))
     point, alone = measure(threshold, judges), measure(0.0, judges)
+    del point["per_class"]
     point |= {"exit_0": alone["score"], "exit_0_interval": alone["score_interval"], "labelled_judges": a}
     if (judges.decide_at([threshold])[0] != judges.full)[~judges.is_labelled].any():
         point["lost_interval"][0] = 0.0  # full depth may be wrong there
@@ -181,20 +182,23 @@ def choose(
 
 
 def measure(threshold: float, judges: Answers) -> dict[str, Any]:
-    """Measure early exit. Returns values of an `OperatingPoint`."""
+    """Measure early exit. Returns values of an `OperatingPoint`, and the scores `per_class`."""
     lost = lost_texts(judges, [threshold])[0]  # (U,)
     sent = by_text(judges.keys, judges.stay_at([threshold])[0])  # (U,): the share of the layers that run
     never = threshold == 1  # all answers are full depth's, at one cost
     has_labels, rows = judges.is_labelled.any(), judges.scored()
     decided = rows.decide_at([threshold])[0]
-    f1 = classification_report(decided, rows.labels, rows.num_labels)["f1"]
+    per_class = classification_report(decided, rows.labels, rows.num_labels)
     point = {
         "judging_texts": len(lost),
         "lost": 100 * float(lost.mean()),
         "lost_interval": [0.0, 0.0] if never else wilson(lost),
         "share": float(sent.mean()),
         "share_interval": [1.0, 1.0] if never else [end / 100 for end in wilson(sent)],
-        "macro_f1": float(np.mean(np.array(f1)[np.union1d(decided, rows.labels)])),  # as scikit-learn has it
+        "per_class": per_class,
+        "macro_f1": float(
+            np.mean(np.array(per_class["f1"])[np.union1d(decided, rows.labels)])
+        ),  # as scikit-learn has it
         "majority": 100 * float(np.bincount(rows.labels).max()) / len(rows.labels) if has_labels else None,
     }
     for name, answers in (("score", decided), ("full_depth", rows.full)):

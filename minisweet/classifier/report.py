@@ -95,14 +95,10 @@ def what_is_promised(point: OperatingPoint) -> str:
     return words
 
 
-def metric_of(point: OperatingPoint) -> str:
-    """What the scores of an operating point are."""
-    return "agreement with full depth" if point.majority is None else "accuracy"
-
-
 def summary(cascade: Cascade, point: OperatingPoint, record: Namespace) -> list[str]:
     """Lines on the bag of words, early exit and full depth: scores, warnings, who judges, advice, what is promised."""
-    lines = [f"{f'on new texts, {metric_of(point)}':<42}{'in percent':>12}   95% interval   share of the layers"]
+    metric = "agreement with full depth" if point.majority is None else "accuracy"
+    lines = [f"{f'on new texts, {metric}':<42}{'in percent':>12}   95% interval   share of the layers"]
     for name, score, interval, share in (
         ("a bag of words alone (exit 0)", point.exit_0, point.exit_0_interval, 0.0),
         ("deployed", point.score, point.score_interval, point.share),
@@ -124,7 +120,7 @@ def summary(cascade: Cascade, point: OperatingPoint, record: Namespace) -> list[
     return [*lines, f"{judges}; a quarter proposes thresholds", promise_of(cascade, point, record)]
 
 
-def comparison(cascade: Cascade, point: OperatingPoint, record: Namespace, answers: Answers) -> list[str]:
+def comparison(cascade: Cascade, point: OperatingPoint, answers: Answers) -> list[str]:
     """Lines on what other texts give, beside what was stated, on whether the promise held, and on each class."""
     measured = promise.measure(cascade.threshold, answers)
     has_labels, was_labelled = answers.is_labelled.any(), point.majority is not None
@@ -147,12 +143,6 @@ def comparison(cascade: Cascade, point: OperatingPoint, record: Namespace, answe
         lines.append(f"promised: at most {point.goal.max_lost:g} of 100 lost, {point.goal.sure:g}% sure; {verdict}")
     if has_labels:
         lines += ["", f"{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}"]
-        for label, *scores, count in zip(record.labels, *per_class(cascade.threshold, answers).values(), strict=True):
+        for label, *scores, count in zip(cascade.labels, *measured["per_class"].values(), strict=True):
             lines.append(f"{one_line(label, 24):<25}" + "{:10.1f}{:8.1f}{:8.1f}{:8,}".format(*scores, count))
     return lines
-
-
-def per_class(threshold: float, answers: Answers) -> dict[str, list]:
-    """The scores of each class, of the texts with a label; see `classification_report`."""
-    rows = answers.scored()
-    return promise.classification_report(rows.decide_at([threshold])[0], rows.labels, rows.num_labels)

@@ -160,12 +160,10 @@ def read_texts(path: Path, column: str, label_column: str | None = None, group_c
 
 def joined(*parts: Examples) -> Examples:
     """The rows of several files or lists, one after the other, without class indices."""
-
-    def values(field: str) -> list:
-        return sum((getattr(part, field) or [None] * len(part.first) for part in parts), [])
-
-    groups, empty = values("groups"), sum(part.empty for part in parts)
-    rows = Examples(values("first"), None, None, names=values("names"), empty=empty)
+    texts = [text for part in parts for text in part.first]
+    names = [name for part in parts for name in part.names or [None] * len(part.first)]
+    groups = [group for part in parts for group in part.groups or [None] * len(part.first)]
+    rows = Examples(texts, None, None, names=names, empty=sum(part.empty for part in parts))
     return rows._replace(groups=groups) if any(groups) else rows
 
 
