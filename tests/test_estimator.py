@@ -15,8 +15,10 @@ import torch
 from minisweet import EarlyExitClassifier
 from minisweet.base.files import LOG
 from minisweet.classifier.estimator import PARAMETERS
+from minisweet.classifier.main import predict
+from minisweet.classifier.main import test as check
 from minisweet.classifier.promise import Goal
-from tests.conftest import opinions, refused
+from tests.conftest import opinions, refused, write_rows
 
 TEXTS = ["the film was superb", "a dull film", "", "not bad , it is great", "the film"]
 
@@ -223,6 +225,17 @@ def test_what_the_commands_do_is_done_from_python(new, tmp_path):
     first, last = (explained[-1][0] for explained in classify.explain(texts[:2]))
     assert [first.exit_layer, last.exit_layer] == [4, 4]
     assert refused(classify.export, tmp_path / "other").endswith("other: should end in .onnx")
+
+
+def test_the_commands_take_a_run_that_python_saved(new, tmp_path, command):
+    texts, labels = opinions_of(slice(100))
+    new().fit(texts, labels, groups=[n // 2 for n in range(100)]).save("run")
+    others = opinions(1000)[300:400]
+    write_rows(
+        tmp_path / "new.csv", [(*row, f"new {n // 4}") for n, row in enumerate(others)], "text", "label", "group"
+    )
+    assert command(predict, "run", "new.csv", "--out", "p.csv")[0] == 0
+    assert "\n25 rows, threshold" in command(check, "run", "new.csv")[1]
 
 
 def test_before_it_is_trained_it_says_so(new, tmp_path):

@@ -114,7 +114,7 @@ def test_another_file_is_tested_beside_what_was_stated(copied, run_of, command):
     classify = EarlyExitClassifier.load(copied)
     answers, _ = classify.ask_new(Examples(texts, None, None, names=labels), "")
     wrong = answers._replace(confidence=torch.ones(len(texts)), early=1 - answers.full, labels=answers.full)
-    lines = comparison(*classify.deployed, classify.record, wrong)
+    lines = comparison(*classify.deployed, wrong)
     assert "60% sure; not held here: by chance, or these texts come from another source" in "\n".join(lines)
     # Without labels what changes is lost, and what was stated of labels is not shown beside it.
     write_rows(Path("texts.csv"), [[text] for text in texts], "text")

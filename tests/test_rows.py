@@ -136,6 +136,8 @@ def test_labels_are_text_numbers_or_bools_or_none():
     assert refused(labels_of, ["a", HTTPStatus.OK], 2, "labels").startswith(
         "item 1: <HTTPStatus.OK: 200> is not a label"
     )
+    for wrong in (float("inf"), "\ud800"):  # which no file of a run can hold
+        assert refused(labels_of, ["a", wrong], 2, "labels").startswith("item 1: ")
     assert [name_of(label) for label in ("1", 1, 1.0, True, 2.5)] == ["1", "1", "1", "True", "2.5"]
 
 
@@ -152,7 +154,7 @@ REFUSED = [
     ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": "b"\n', "line 2: not readable as a JSON object"),
     ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": 5, "label": "x"}\n', "line 2: 'text' is 5, should be text"),
     ("a.jsonl", b'{"text": "a\\ud83d", "label": "x"}\n', "line 1: not readable as a JSON object"),
-    ("a.jsonl", b'{"text": "a", "label": [1]}\n', "line 1: 'label': [1] is not a label, should be text or a number"),
+    ("a.jsonl", b'{"text": "a", "label": [1]}\n', "line 1: [1] is not a label, should be text or a number"),
     ("a.jsonl", b'[["text", "a"], ["label", "x"]]\n', "line 1: not readable as a JSON object"),
     ("a.jsonl", b'{"text": ' + b"[" * 10**5, "line 1: not readable as a JSON object"),
 ]

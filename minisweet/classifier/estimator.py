@@ -1,6 +1,5 @@
 """Early exit by scikit-learn's conventions: texts in, labels out."""
 
-import copy
 import inspect
 from argparse import Namespace
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from minisweet.classifier import report
 from minisweet.classifier.cascade import Answer, Answers, Cascade, answers_of
 from minisweet.classifier.explain import explain
 from minisweet.classifier.promise import Goal, OperatingPoint, choose, measure
-from minisweet.classifier.rows import labelled_texts, labels_of, name_of, texts_of, with_text
+from minisweet.classifier.rows import labels_of, name_of, rows_of, texts_of
 from minisweet.classifier.run import Validation, load_cascade, load_validation, save_run
 from minisweet.classifier.split import rows_to_test
 from minisweet.classifier.training import check_options, train
@@ -71,9 +70,7 @@ class EarlyExitClassifier:
         self.lr, self.epochs, self.batch_size, self.max_length = lr, epochs, batch_size, max_length
         self.device, self.amp, self.verbose = device, amp, verbose
         self.max_lost, self.sure = max_lost, sure
-        self._deployed: tuple[Cascade, OperatingPoint] | None = (
-            None  # replaced as a whole, so that threads can share it
-        )
+        self._deployed: tuple[Cascade, OperatingPoint] | None = None  # replaced as a whole, so that threads share it
         self.record: Namespace  # run.json
         self.validation: Validation
 
@@ -152,12 +149,12 @@ class EarlyExitClassifier:
             LOG.warning("unlabelled_groups is missing, so each unlabelled text counts as a group by itself")
         if validation is not None and (not isinstance(validation, tuple | list) or len(validation) != 2):
             raise InputError("should be (texts, labels)", "validation")
-        rows = with_text(labelled_texts(*(([], []) if X is None and self.trunk else (X, y))), groups)
-        given = None if validation is None else with_text(labelled_texts(*validation))
+        X, y = ([], []) if X is None and self.trunk else (X, y)
+        rows = rows_of(X, y, groups)
+        given = None if validation is None else rows_of(*validation)
         if given and not given.first:
             raise InputError("has no rows", "validation")
-        more = None if unlabelled is None else texts_of(unlabelled, "unlabelled")
-        more = more and with_text(more, unlabelled_groups, "unlabelled_groups")
+        more = None if unlabelled is None else rows_of(unlabelled, None, unlabelled_groups, "unlabelled")
         gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() or self.device != "cpu" else ()
         with report.telling(bool(self.verbose)), torch.random.fork_rng(gpus):
             self.fit_rows("texts", rows, given, more)
@@ -186,9 +183,13 @@ class EarlyExitClassifier:
         """Choose a threshold for a goal, and replace the cascade."""
         (texts, roles, logits), precision = validation, str(cascade.precision or torch.float32)
         goal, combines = Goal(max_lost=options.max_lost, sure=options.sure), record.arguments["trunk"] is None
-        point = choose(logits, texts.labels, texts.keys, roles, goal, combines, precision)
-        cascade = replace(cascade, rule=point.rule, threshold=point.threshold)
-        self._deployed, self.record, self.validation = (cascade, replace(point, id=record.id)), record, validation
+        point = choose(logits, texts.labels, texts.keys, roles, goal, combines)
+        cascade, point = replace(cascade, rule=point.rule, threshold=point.threshold), replace(point, id=record.id)
+        self._deployed, self.record, self.validation = (
+            (cascade, replace(point, precision=precision)),
+            record,
+            validation,
+        )
 
     @property
     def deployed(self) -> tuple[Cascade, OperatingPoint]:
@@ -222,11 +223,10 @@ class EarlyExitClassifier:
         Training and validation texts do not count; with `groups` (N), as in `fit`, one text of each new group does.
         Returns fields of `operating_point`, those of labels None if there are none, and the scores `per_class`.
         """
-        answers, told = self.ask_new(with_text(labelled_texts(X, y), groups), "X")
+        answers, told = self.ask_new(rows_of(X, y, groups), "X")
         if "left out" in told:
             LOG.warning(told)
-        threshold = self.cascade.threshold
-        measured = measure(threshold, answers) | {"per_class": report.per_class(threshold, answers)}
+        measured = measure(self.cascade.threshold, answers)
         of_labels = "score score_interval full_depth full_depth_interval macro_f1 per_class".split()
         return measured if answers.is_labelled.any() else measured | dict.fromkeys(of_labels)
 
@@ -258,11 +258,7 @@ class EarlyExitClassifier:
             from minisweet.classifier.onnx import export_onnx
         except ImportError as error:
             raise InputError(f"needs the package {error.name} (pip install '.[onnx]')", "onnx") from None
-        cascade, point = self.deployed
-        model, bag = copy.deepcopy((cascade.model, cascade.bag))  # which go on answering on their device
-        alone = replace(cascade, model=model.cpu(), bag=bag.cpu(), device=torch.device("cpu"), precision=None)
-        alone = replace(alone, threshold=point.threshold)
-        return export_onnx(Path(path), alone, point, self.record, self.validation, int8)
+        return export_onnx(Path(path), *self.deployed, self.record, self.validation, int8)
 
     @classmethod
     def load(

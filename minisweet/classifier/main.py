@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from shlex import quote
 
-from minisweet.base.commands import Parser, progress
+from minisweet.base.commands import Parser, path_to, progress
 from minisweet.base.devices import AMP_HELP
 from minisweet.base.files import LOG, InputError
 from minisweet.checkpoint import REPOSITORIES
@@ -144,7 +144,7 @@ def test(words: list[str]) -> None:
         print(f"{args.file}: no column {record.group_column or 'of groups'}, so each row counts by itself")
     answers, told = classify.ask_new(read_texts(args.file, column, label, group), args.file)
     print(f"{args.file}: {told}\n")
-    print(*report.comparison(*classify.deployed, record, answers), sep="\n")
+    print(*report.comparison(*classify.deployed, answers), sep="\n")
 
 
 def predict(words: list[str]) -> None:
@@ -201,7 +201,7 @@ def explain(words: list[str]) -> None:
     """
     parser = parser_of(explain, *DEPLOYMENT)
     parser.add_argument("text", nargs="?", metavar="TEXT", help="a text")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of the validation rows")
+    parser.add_argument("--html", type=path_to(".html"), metavar="FILE", help="write a page of the validation rows")
     args = parser.parse_args(words)
     if (args.text is None) == (args.html is None):
         raise InputError("TEXT: should be a text; or --html FILE and no text")
@@ -210,8 +210,6 @@ def explain(words: list[str]) -> None:
         return
     for name in typed(args):
         raise InputError("needs TEXT; the page shows saved answers", name)
-    if args.html.suffix.lower() != ".html":
-        raise InputError(f"{args.html}, should be a name that ends in .html", "html")
     classify = EarlyExitClassifier.load(args.run)
     write_page(args.html, *classify.deployed, classify.record, classify.validation)
     print(f"written to {args.html}")

@@ -190,11 +190,12 @@ def export_onnx(
 ) -> list[str]:
     """Write one file of a classifier, with weights of eight bits if `int8`, whole or not at all.
 
-    The cascade is on the CPU, in float32 and at the threshold that was chosen; its model cannot be used afterwards.
     Returns the lines that `minisweet export` prints. Raises InputError if `out` exists, or more than one float32
     answer, and more than 0.1% of them, differ from the model's.
     """
-    texts = validation.texts
+    model, bag = copy.deepcopy((cascade.model, cascade.bag))  # which go on answering on their device
+    cascade = replace(cascade, model=model.cpu(), bag=bag.cpu(), threshold=point.threshold)
+    cascade, texts = replace(cascade, device=torch.device("cpu"), precision=None), validation.texts
     judging = np.flatnonzero(validation.roles == JUDGES)
     tried = texts.take(judging if len(judging) else np.arange(len(texts)))
     with written_beside(out, overwrite=False) as new:
@@ -210,13 +211,9 @@ def export_onnx(
         new.write_bytes(file.SerializeToString())
         size = new.stat().st_size / 1e6
     cascade = replace(cascade, threshold=point.threshold)
-    promise = report.promise_of(cascade, replace(point, precision="torch.float32") if int8 else point, record)
     first = f"{out}: {'int8' if int8 else 'float32'}, {size:.1f} MB, by default at threshold {point.threshold:.6g}"
-    return [
-        first,
-        f"{len(tried):,} validation rows, one by one: {differ:,} answers or exits are not the model's",
-        promise,
-    ]
+    second = f"{len(tried):,} validation rows, one by one: {differ:,} answers or exits are not the model's"
+    return [first, second, report.promise_of(cascade, point, record)]
 
 
 def describe(file: ModelProto, cascade: Cascade, point: OperatingPoint, record: Namespace, int8: bool) -> None:
@@ -245,7 +242,7 @@ def choose_for_int8(
     answers = [one_by_one(file, validation.texts, threshold=np.array(at, np.float32))[0] for at in (0, 1)]
     logits = torch.from_numpy(np.stack(answers)).clamp(min=1e-37).log()  # (2, N, C)
     labels, keys, combines = validation.texts.labels, validation.texts.keys, record.arguments["trunk"] is None
-    point = choose(logits, labels, keys, validation.roles, point.goal, combines, "int8")
+    point = choose(logits, labels, keys, validation.roles, point.goal, combines)
     set_numbers(file, point.threshold, point.rule)
     return point
 

@@ -73,7 +73,7 @@ class OperatingPoint:
     share_interval: list[float]
     temperatures: list[float]  # (2,), of the bag of words and of the model
     weights: list[float]  # (2,), how much the bag's answer counts: 0, and at full depth
-    precision: str  # that the model ran in
+    precision: str = "torch.float32"  # that the model ran in
 
     @property
     def rule(self) -> Rule:
@@ -151,18 +151,12 @@ def by_text(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def choose(
-    logits: Tensor,
-    labels: np.ndarray,
-    keys: np.ndarray,
-    roles: np.ndarray,
-    goal: Goal,
-    combines: bool = False,
-    precision: str = "torch.float32",
+    logits: Tensor, labels: np.ndarray, keys: np.ndarray, roles: np.ndarray, goal: Goal, combines: bool = False
 ) -> OperatingPoint:
     """Choose what to deploy, from the logits (2, N, C) of both exits for N validation rows, some of which judge.
 
     Of each row the label (-1 for none), the key of its text and the role are given, (N,). The bag of words contributes
-    to full depth if it `combines`. The model ran in `precision`.
+    to full depth if it `combines`.
     """
     # 1. What is decided before anyone looks at the answers to a judging text.
     choosing, judging = np.flatnonzero(roles == CHOOSES), np.flatnonzero(roles == JUDGES)
@@ -175,29 +169,36 @@ def choose(
     # 2. What the judges say.
     threshold = fixed_sequence(judges, goal, thresholds_to_try(choosers))
     point, alone = measure(threshold, judges), measure(0.0, judges)
+    del point["per_class"]
     point |= {"exit_0": alone["score"], "exit_0_interval": alone["score_interval"], "labelled_judges": a}
     if (judges.decide_at([threshold])[0] != judges.full)[~judges.is_labelled].any():
         point["lost_interval"][0] = 0.0  # full depth may be wrong there
-    point |= {"choosing_texts": len(np.unique(choosers.keys)), "precision": precision}
-    point |= {"temperatures": list(rule[:2]), "weights": [0.0, rule[2]]}
+    point |= {
+        "temperatures": list(rule[:2]),
+        "weights": [0.0, rule[2]],
+        "choosing_texts": len(np.unique(choosers.keys)),
+    }
     return OperatingPoint(threshold=threshold, goal=goal, **point)
 
 
 def measure(threshold: float, judges: Answers) -> dict[str, Any]:
-    """Measure early exit. Returns values of an `OperatingPoint`."""
+    """Measure early exit. Returns values of an `OperatingPoint`, and the scores `per_class`."""
     lost = lost_texts(judges, [threshold])[0]  # (U,)
     sent = by_text(judges.keys, judges.stay_at([threshold])[0])  # (U,): the share of the layers that run
     never = threshold == 1  # all answers are full depth's, at one cost
     has_labels, rows = judges.is_labelled.any(), judges.scored()
     decided = rows.decide_at([threshold])[0]
-    f1 = classification_report(decided, rows.labels, rows.num_labels)["f1"]
+    per_class = classification_report(decided, rows.labels, rows.num_labels)
     point = {
         "judging_texts": len(lost),
         "lost": 100 * float(lost.mean()),
         "lost_interval": [0.0, 0.0] if never else wilson(lost),
         "share": float(sent.mean()),
         "share_interval": [1.0, 1.0] if never else [end / 100 for end in wilson(sent)],
-        "macro_f1": float(np.mean(np.array(f1)[np.union1d(decided, rows.labels)])),  # as scikit-learn has it
+        "per_class": per_class,
+        "macro_f1": float(
+            np.mean(np.array(per_class["f1"])[np.union1d(decided, rows.labels)])
+        ),  # as scikit-learn has it
         "majority": 100 * float(np.bincount(rows.labels).max()) / len(rows.labels) if has_labels else None,
     }
     for name, answers in (("score", decided), ("full_depth", rows.full)):

@@ -54,21 +54,15 @@ def before_training(record: Namespace, options: Namespace, learned: Texts, side:
 def rows_needed(goal: Goal, are_labelled: bool, record: Namespace) -> str:
     """How many rows, or groups of rows, it takes before anything can be promised."""
     share = record.set_aside if are_labelled or record.set_aside == 1 else 1 / split.UNLABELLED_PER_JUDGE
-    judges = promise.texts_needed(goal)
-    units = [ceil(ceil(n * split.CHOOSING / (split.CHOOSING - 1)) / share) for n in judges]
-    kind, per_unit = (
-        ("labelled rows" if are_labelled else "rows without a label"),
-        record.rows_per_unit[not are_labelled],
+    units = [ceil(ceil(n * split.CHOOSING / (split.CHOOSING - 1)) / share) for n in promise.texts_needed(goal)]
+    kind, per_unit = "labelled rows" if are_labelled else "rows without a label", record.rows_per_unit[not are_labelled]
+    has_groups, rows = record.training_groups + record.validation_groups, [ceil(n * per_unit) for n in units]
+    one, two, three = units if has_groups else rows
+    words = (
+        f"it takes about {one:,} {'groups of ' if has_groups else ''}{kind} if none is lost, {two:,} if one is, and "
     )
-    rows = [ceil(count * per_unit) for count in units]
-    words = "it takes about {:,} {} if none is lost, {:,} if one is, and {:,} if two are"
-    if not record.training_groups + record.validation_groups:
-        return words.format(rows[0], kind, *rows[1:])
-    in_rows = "{:,}, {:,} and {:,} rows".format(*rows)
-    return (
-        words.format(units[0], f"groups of {kind}", *units[1:])
-        + f" (at {per_unit:.1f} rows a group, as here: {in_rows})"
-    )
+    in_rows = " (at {:.1f} rows a group, as here: {:,}, {:,} and {:,} rows)".format(per_unit, *rows)
+    return f"{words}{three:,} if two are{in_rows if has_groups else ''}"
 
 
 def promise_of(cascade: Cascade, point: OperatingPoint, record: Namespace) -> str:
@@ -92,23 +86,19 @@ def what_is_promised(point: OperatingPoint) -> str:
     count = round(point.lost * point.judging_texts / 100)
     at_most = "at most " * (point.judging_texts > point.labelled_judges)  # a missing label only adds to the count
     words = f"On {point.judging_texts:,} of your texts that the model had not seen, early exit lost {at_most}"
-    words += f"{count:,} answer{'s' * (count != 1)} that the full model had right."
+    words += f"{count:,} answer{'s' * (count != 1)} that full depth had right."
     words += f" In the long run at most {point.goal.max_lost:g} in 100 new texts like these are lost,"
     words += f" {point.goal.sure:g}% sure."
     if point.labelled_judges:
-        words += f" Of {point.labelled_judges:,} labelled texts the full model got {point.full_depth:.1f}% right,"
+        words += f" Of {point.labelled_judges:,} labelled texts full depth got {point.full_depth:.1f}% right,"
         words += f" early exit {point.score:.1f}%."
     return words
 
 
-def metric_of(point: OperatingPoint) -> str:
-    """What the scores of an operating point are."""
-    return "agreement with full depth" if point.majority is None else "accuracy"
-
-
 def summary(cascade: Cascade, point: OperatingPoint, record: Namespace) -> list[str]:
     """Lines on the bag of words, early exit and full depth: scores, warnings, who judges, advice, what is promised."""
-    lines = [f"{'on new texts':<42}{metric_of(point):>12}   95% interval   share of the layers"]
+    metric = "agreement with full depth" if point.majority is None else "accuracy"
+    lines = [f"{f'on new texts, {metric}':<42}{'in percent':>12}   95% interval   share of the layers"]
     for name, score, interval, share in (
         ("a bag of words alone (exit 0)", point.exit_0, point.exit_0_interval, 0.0),
         ("deployed", point.score, point.score_interval, point.share),
@@ -127,10 +117,10 @@ def summary(cascade: Cascade, point: OperatingPoint, record: Namespace) -> list[
         more = "more rows, texts without labels (--unlabelled) or a larger --max-lost let more texts leave"
         lines.append(f"early exit saves {saved}: {more}; full depth alone loses no answer and takes about as long")
     judges = f"{point.judging_texts:,} of {record.validation_rows:,} validation rows judge, one of each text and group"
-    return [*lines, f"{judges}; a quarter chooses the thresholds to try", promise_of(cascade, point, record)]
+    return [*lines, f"{judges}; a quarter proposes thresholds", promise_of(cascade, point, record)]
 
 
-def comparison(cascade: Cascade, point: OperatingPoint, record: Namespace, answers: Answers) -> list[str]:
+def comparison(cascade: Cascade, point: OperatingPoint, answers: Answers) -> list[str]:
     """Lines on what other texts give, beside what was stated, on whether the promise held, and on each class."""
     measured = promise.measure(cascade.threshold, answers)
     has_labels, was_labelled = answers.is_labelled.any(), point.majority is not None
@@ -153,12 +143,6 @@ def comparison(cascade: Cascade, point: OperatingPoint, record: Namespace, answe
         lines.append(f"promised: at most {point.goal.max_lost:g} of 100 lost, {point.goal.sure:g}% sure; {verdict}")
     if has_labels:
         lines += ["", f"{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}"]
-        for label, *scores, count in zip(record.labels, *per_class(cascade.threshold, answers).values(), strict=True):
+        for label, *scores, count in zip(cascade.labels, *measured["per_class"].values(), strict=True):
             lines.append(f"{one_line(label, 24):<25}" + "{:10.1f}{:8.1f}{:8.1f}{:8,}".format(*scores, count))
     return lines
-
-
-def per_class(threshold: float, answers: Answers) -> dict[str, list]:
-    """The scores of each class, of the texts with a label; see `classification_report`."""
-    rows = answers.scored()
-    return promise.classification_report(rows.decide_at([threshold])[0], rows.labels, rows.num_labels)

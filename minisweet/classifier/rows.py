@@ -138,18 +138,15 @@ def cell(path: Path, line: int, row: dict, column: str) -> str:
 def read_texts(path: Path, column: str, label_column: str | None = None, group_column: str | None = None) -> Examples:
     """Read a file's texts, labels and groups. Rows without text are skipped and counted. Errors name the line."""
     texts, labels, groups, empty = [], [], [], 0
-
-    def name_in(column: str | None) -> str | None:
-        try:
-            return None if column is None else name_of(row.get(column))
-        except ValueError as error:
-            raise InputError(f"{path}, line {line}: {column!r:.60}: {error}") from None
-
     for option, named in (("--label-column", label_column), ("--group-column", group_column)):
         if named is not None:
             find_column(option, path, named)
     for line, row in read_rows(path):
-        text, label, group = cell(path, line, row, column), name_in(label_column), name_in(group_column)
+        text = cell(path, line, row, column)
+        try:
+            label, group = (None if name is None else name_of(row.get(name)) for name in (label_column, group_column))
+        except ValueError as error:
+            raise InputError(f"{path}, line {line}: {error}") from None
         if text.strip():
             texts.append(text)
             labels.append(label)
@@ -163,21 +160,20 @@ def read_texts(path: Path, column: str, label_column: str | None = None, group_c
 
 def joined(*parts: Examples) -> Examples:
     """The rows of several files or lists, one after the other, without class indices."""
-
-    def values(field: str) -> list:
-        return sum((getattr(part, field) or [None] * len(part.first) for part in parts), [])
-
-    groups, empty = values("groups"), sum(part.empty for part in parts)
-    rows = Examples(values("first"), None, None, names=values("names"), empty=empty)
+    texts = [text for part in parts for text in part.first]
+    names = [name for part in parts for name in part.names or [None] * len(part.first)]
+    groups = [group for part in parts for group in part.groups or [None] * len(part.first)]
+    rows = Examples(texts, None, None, names=names, empty=sum(part.empty for part in parts))
     return rows._replace(groups=groups) if any(groups) else rows
 
 
 def clean_label(value: Any) -> str | int | float | bool | None:
-    """A label or a group, without blanks around it; None if it is empty or NaN. Raises ValueError for other types."""
+    """A label or a group, without blanks around it; None if it is empty or NaN. Raises ValueError for what is none."""
     if value is None or (isinstance(value, float) and value != value):
         return None
     if type(value) not in (str, int, float, bool):  # the text of an enumeration's member is not its value
         raise ValueError(f"{value!r:.60} is not a label, should be text or a number")
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # as in the files of a run
     return (value.strip() or None) if isinstance(value, str) else value
 
 
@@ -212,17 +208,6 @@ def texts_of(texts: Any, option: str = "") -> Examples:
     return Examples(values, None, None)
 
 
-def with_text(examples: Examples, groups: Iterable | None = None, option: str = "groups") -> Examples:
-    """The rows that have text, with their groups; the others are counted. Raises InputError, naming the item."""
-    if groups is not None:
-        named = [name_of(group) for group in labels_of(groups, len(examples.first), option)]
-        examples = examples._replace(groups=named)
-    kept = [row for row, text in enumerate(examples.first) if text.strip()]
-    if examples.first and not kept:
-        raise InputError("texts: all of them are empty")
-    return examples.take(kept)._replace(empty=len(examples.first) - len(kept))
-
-
 def labels_of(values: Any, count: int, title: str) -> list:
     """`count` labels or groups of any type, None for an empty one. Errors name the item."""
     values = as_list(values, title)
@@ -236,7 +221,13 @@ def labels_of(values: Any, count: int, title: str) -> list:
     return values
 
 
-def labelled_texts(X: Any, y: Any) -> Examples:
-    """Texts and labels as rows. Raises InputError, naming the item."""
-    rows = texts_of(X)
-    return rows._replace(names=labels_of(y, len(rows.first), "labels"))
+def rows_of(X: Any, y: Any = None, groups: Any = None, option: str = "") -> Examples:
+    """Lists of texts, labels and groups as rows. Rows without text are skipped and counted. Errors name the item."""
+    texts = texts_of(X, option).first
+    names = [None] * len(texts) if y is None else labels_of(y, len(texts), "labels")
+    if groups is not None:
+        groups = list(map(name_of, labels_of(groups, len(texts), f"{option}_groups".lstrip("_"))))
+    kept = [row for row, text in enumerate(texts) if text.strip()]
+    if texts and not kept:
+        raise InputError("texts: all of them are empty")
+    return Examples(texts, None, None, groups=groups, names=names).take(kept)._replace(empty=len(texts) - len(kept))

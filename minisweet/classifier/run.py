@@ -26,7 +26,7 @@ from minisweet.classifier.bag_of_words import NgramExit
 from minisweet.classifier.cascade import Cascade, in_float32
 from minisweet.classifier.probe import FullModel
 from minisweet.classifier.promise import OperatingPoint
-from minisweet.classifier.rows import name_of
+from minisweet.classifier.split import class_numbers
 from minisweet.exits import ExitHead
 from minisweet.fast import no_initial_weights
 from minisweet.loading import OURS, WEIGHTS, load_strict, new_encoder, open_weights, read_config
@@ -60,22 +60,10 @@ def id_of(model: FullModel, bag: NgramExit, labels: list, validation: str) -> st
 
 
 def new_record(
-    options: Namespace,
-    model: FullModel,
-    labels: list,
-    texts: Texts,
-    units: np.ndarray,
-    learned: Texts,
-    validating: Texts,
-    trunk: Namespace | None,
-    **about: Any,
+    options: Namespace, model: FullModel, labels: list, learned: Texts, validating: Texts, trunk: Any, **about: Any
 ) -> Namespace:
-    """The record of a training that is about to start: the keys of run.json.
-
-    `units` (N,) are those of all texts, some of which are learned and some validate. `about` are further keys.
-    """
+    """The record of a training that is about to start: the keys of run.json. `about` are further keys."""
     groups, validated = ({*filter(None, part.examples.groups or ())} for part in (learned, validating))
-    kinds = units[texts.labels >= 0], units[texts.labels < 0]
     return Namespace(
         program=PROGRAM,
         arguments={name: value for name, value in vars(options).items() if name in ARGUMENTS},
@@ -83,7 +71,6 @@ def new_record(
         head="linear" if isinstance(model.head, nn.Linear) else "pooler",
         depth=model.encoder.depth,
         vocab_size=model.encoder.config.vocab_size,
-        rows_per_unit=[len(kind) / max(1, len(np.unique(kind))) for kind in kinds],
         validation_rows=len(validating),
         validation=hash_of(lines_of(validating.examples, labels)),
         weights=options.weights,
@@ -187,7 +174,7 @@ def load_cascade(folder: Path, options: Namespace) -> tuple[Namespace, Cascade, 
 
 def load_validation(folder: Path, record: Namespace, cascade: Cascade) -> Validation:
     """Load the validation rows. Raises InputError if they are not those of the training, all of them."""
-    path, numbers = folder / VALIDATION, {name_of(label): n for n, label in enumerate(record.labels)} | {None: -1}
+    path = folder / VALIDATION
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
@@ -196,7 +183,8 @@ def load_validation(folder: Path, record: Namespace, cascade: Cascade) -> Valida
         count = text.count("\n")
         raise InputError(f"{path}: {OF_ANOTHER}, or changed: {count:,} rows, should be {record.validation_rows:,}")
     rows = [json.loads(line) for line in text.split("\n")[:-1]]
-    labels, groups = [numbers[name_of(row["label"])] for row in rows], [row.get("group") for row in rows]
+    labels = class_numbers([row["label"] for row in rows], record.labels).tolist()
+    groups = [row.get("group") for row in rows]
     examples = Examples([row["text"] for row in rows], None, labels, groups=groups if any(groups) else None)
     tensors = load_file(check_id(folder / LOGITS, record.id))
     return Validation(Texts(cascade.tokenizer, examples), tensors["roles"].numpy(), tensors["logits"])

@@ -45,10 +45,14 @@ def classes_of(labels: Sequence[Any], others: Sequence[Any] = ()) -> list:
         classes = sorted(classes, key=float)
     kept = np.array(classes)
     if kept.tolist() != classes or len(np.unique(kept)) < len(classes):
-        raise InputError(
-            f"labels: NumPy changes some, or mixes them up: {preview(list(map(repr, classes)))}; rename them"
-        )
+        shown = preview(list(map(repr, classes)))
+        raise InputError(f"labels: NumPy changes some, or mixes them up: {shown}; rename them")
     return kept.tolist()
+
+
+def numbers_of(labels: Sequence[Any]) -> dict[str | None, int]:
+    """The class of each label as text, and -1 for a row without one."""
+    return {name_of(label): number for number, label in enumerate(labels)} | {None: -1}
 
 
 def class_numbers(names: Sequence[Any], labels: Sequence[Any], trunk: str | None = None) -> np.ndarray:
@@ -56,7 +60,7 @@ def class_numbers(names: Sequence[Any], labels: Sequence[Any], trunk: str | None
 
     Raises InputError for a label that is not in `labels`, which are those of the `trunk` or of the rows to learn from.
     """
-    numbers = {name_of(label): number for number, label in enumerate(labels)} | {None: -1}
+    numbers = numbers_of(labels)
     if unknown := [name for name in names if name_of(name) not in numbers]:
         who = f"{trunk} does not know" if trunk else "no row to learn from has"
         raise InputError(f"{who} the label {unknown[0]!r:.60} of a row; should be one of {preview(labels)}")
@@ -195,7 +199,7 @@ def rows_to_test(tokenizer: Tokenizer, rows: Examples, record: Namespace, valida
 
     `record` is that of the run, and `validating` the keys of its validation texts.
     """
-    numbers: dict = {name_of(label): number for number, label in enumerate(record.labels)} | {None: -1}
+    numbers = numbers_of(record.labels)
     names = list(map(name_of, rows.names or ()))
     unknown = preview(sorted({str(name) for name in names if name not in numbers}))
     texts = Texts(tokenizer, rows._replace(labels=[numbers.get(name, -2) for name in names]))

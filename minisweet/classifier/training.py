@@ -59,9 +59,9 @@ KINDS = {  # the options that are not text, by what reads them in a shell
     "amp": checked(str, lambda word: word in AMP_CHOICES, f"one of {', '.join(AMP_CHOICES)}"),
 }
 DEPLOYMENT = {"threshold": None, "batch_size": 32, "device": "auto", "amp": "auto"}  # options of a run that is loaded
+OF_LISTS = {"text_column": "text", "label_column": "label", "group_column": "group"}  # where a run of lists reads files
 BY_DEFAULT_NONE = ("lr", "epochs", "batch_size", "max_length", "threshold")
 BESIDE_TRUNK = "cannot stand beside a trunk: nothing but the bag of words is trained then"
-DIVERGED = "at {:g} the loss became infinite or NaN at step {}; try a lower one"
 
 
 def check_options(**given: Any) -> Namespace:
@@ -110,8 +110,9 @@ def train(
     roles = split.deal_roles(side.keys, own_units, side.labels)
     if not (roles == split.JUDGES).any():
         raise InputError(f"{name}: too few validation texts: one has to choose, and another one to judge")
-    about = columns | {"task": name, "set_aside": 1.0 if given else options.dev_size}
-    record = run.new_record(options, model, labels, texts, units, learned, side, trunk, **about)
+    about = OF_LISTS | columns | {"task": name, "set_aside": 1.0 if given else options.dev_size}
+    about["rows_per_unit"] = [len(n) / max(1, len(np.unique(n))) for n in (units[numbers >= 0], units[numbers < 0])]
+    record = run.new_record(options, model, labels, learned, side, trunk, **about)
     if examples.empty:
         LOG.warning("empty texts, skipped: %d", examples.empty)
     report.before_training(record, options, learned, side, roles)
@@ -119,9 +120,9 @@ def train(
     # 3. The model and the bag of words learn.
     started = time.perf_counter()
     embeddings = model.encoder.word_embeddings.weight.detach().clone()  # (V, D), before they are trained
-    losses = {} if options.trunk else train_model(model, texts, labelled, answered, options)
+    losses = {} if options.trunk else train_model(model, learned, len(labelled), options)
     bag = NgramExit(record.vocab_size, len(labels), special_ids(tokenizer))
-    train_bag(bag, model, texts, labelled, answered, embeddings, options)
+    train_bag(bag, model, learned, len(labelled), embeddings, options)
     record.losses, record.seconds = losses, round(time.perf_counter() - started, 1)
 
     # 4. Both answer the validation rows.
@@ -160,52 +161,44 @@ def start_from(options: Namespace, name: str, labels: list) -> tuple[FullModel, 
     return model, load_tokenizer(folder, config.vocab_size, options.max_length, config.max_tokens), labels, record
 
 
-def train_model(
-    model: FullModel, texts: Texts, labelled: np.ndarray, unlabelled: np.ndarray, options: Namespace
-) -> dict[str, list[float]]:
-    """Train a model with a linear head on rows of N texts, (n,) each: the probe, then all layers; perhaps once more.
+def train_model(model: FullModel, texts: Texts, n: int, options: Namespace) -> dict[str, list[float]]:
+    """Train a model with a linear head: the probe, then all layers; perhaps once more, if more than half lack a label.
 
-    The model is on the CPU before and after. Returns the losses of each step, by stage.
+    Of N texts the first n have a label. The model is on the CPU before and after. Returns the losses of each step, by
+    stage.
     """
-    known, size = texts.take(labelled), options.batch_size
-    epochs = options.epochs or default_epochs(EPOCHS, STEPS, len(known), size)
-    epochs_again = (options.epochs or EPOCHS_AGAIN) * (len(unlabelled) > len(labelled))
-    again = np.sort(np.random.default_rng(0).permutation(unlabelled)[:MOST_AGAIN])
+    rows, size = np.arange(len(texts)), options.batch_size
+    known, others = texts.take(rows[:n]), rows[n:]
+    epochs = options.epochs or default_epochs(EPOCHS, STEPS, n, size)
+    epochs_again = (options.epochs or EPOCHS_AGAIN) * (len(others) > n)
+    again = np.sort(np.random.default_rng(0).permutation(others)[:MOST_AGAIN])
 
     started = time.perf_counter()
     model.eval().to(options.place)
     vectors = run_all(lambda *x: F.normalize(model.pooled(*x)), known, options.place, title="embeddings")  # (n, D)
-    seconds = (time.perf_counter() - started) / len(known)  # of a forward pass
-    seconds *= STEP * (epochs * len(known) + epochs_again * (len(known) + len(again))) + len(unlabelled)
-    LOG.info("training takes about %s", duration(seconds))
+    seconds = (time.perf_counter() - started) / n  # of a forward pass
+    seconds *= STEP * (epochs * n + epochs_again * (n + len(again))) + len(others)
+    LOG.info("training takes about %.1f minutes", seconds / 60)
 
     fit_probe(model.cpu().head, vectors, torch.from_numpy(known.labels))
     losses = {"fine-tuning": fine_tune(model, known, known.labels, epochs, options, "fine-tuning")}
     if epochs_again:
-        title, both = "learning from its own answers", texts.take(np.concatenate([labelled, again]))
+        title, both = "learning from its own answers", texts.take(np.r_[rows[:n], again])
         targets = with_answers(known.labels, answer_all(model, texts.take(again), options))
         losses[title] = fine_tune(model, both, targets, epochs_again, options, title)
     return losses
 
 
-def train_bag(
-    bag: NgramExit,
-    model: FullModel,
-    texts: Texts,
-    labelled: np.ndarray,
-    unlabelled: np.ndarray,
-    embeddings: Tensor,
-    options: Namespace,
-) -> None:
-    """Fit a bag of words in place to rows of N texts, (n,) each: to labels, and to the model's answers without them.
+def train_bag(bag: NgramExit, model: FullModel, texts: Texts, n: int, embeddings: Tensor, options: Namespace) -> None:
+    """Fit a bag of words in place to N texts: to the labels of the first n, and to the model's answers to the others.
 
     `embeddings` (V, D) are the word embeddings before they were trained.
     """
-    targets, learned = texts.labels[labelled], texts.take(np.concatenate([labelled, unlabelled]))
-    if len(unlabelled):
-        targets = with_answers(targets, answer_all(model, texts.take(unlabelled), options))
-    chunks = np.array_split(np.arange(len(learned)), -(-len(learned) // 256))
-    fit_ngrams(bag, [learned.batch(rows).inputs[:2] for rows in chunks], torch.from_numpy(targets), embeddings)
+    targets, rows = texts.labels[:n], np.arange(len(texts))
+    if n < len(texts):
+        targets = with_answers(targets, answer_all(model, texts.take(rows[n:]), options))
+    batches = [texts.batch(part).inputs[:2] for part in np.array_split(rows, ceil(len(rows) / 256))]
+    fit_ngrams(bag, batches, torch.from_numpy(targets), embeddings)
 
 
 def answer_all(model: FullModel, texts: Texts, options: Namespace) -> Tensor:
@@ -227,7 +220,7 @@ def fine_tune(
     """Train all parameters of a model on labels (N,) or probabilities (N, C). Returns the loss of each step.
 
     The learning rate decays linearly to zero. The model is moved to the device, and back to the CPU at the end. Raises
-    InputError if a loss, or a trained parameter, is infinite or NaN.
+    InputError if a loss is infinite or NaN.
     """
     device, rate, of_row, losses = options.place, options.lr, torch.from_numpy(targets), list[float]()
     precision, steps = (
@@ -255,21 +248,13 @@ def fine_tune(
                 scaler.update()
                 losses.append(round(loss.item(), 5))
                 if not np.isfinite(losses[-1]):
-                    raise InputError(DIVERGED.format(rate, len(losses)), "lr")
+                    why = f"at {rate:g} the loss became infinite or NaN at step {len(losses)}; try a lower one"
+                    raise InputError(why, "lr")
                 bar.set_postfix_str(f"loss {losses[-1]:.2f}", refresh=False)
                 bar.update()
             if bar.disable:  # in a log a line per epoch stands for the bar
-                left = duration((time.perf_counter() - started) * (epochs / (epoch + 1) - 1))
-                loss_of_epoch = np.mean(losses[len(losses) * epoch // (epoch + 1) :])
-                LOG.info("%s: epoch %d of %d, loss %.3f, %s left", title, epoch + 1, epochs, loss_of_epoch, left)
-        if not all(part.isfinite().all() for part in parameters):  # the last update, which no loss has seen
-            raise InputError(DIVERGED.format(rate, steps), "lr")
+                left = (time.perf_counter() - started) / 60 * (epochs / (epoch + 1) - 1)
+                mean = np.mean(losses[len(losses) * epoch // (epoch + 1) :])
+                LOG.info("%s: epoch %d of %d, loss %.3f, %.1f minutes left", title, epoch + 1, epochs, mean, left)
     model.cpu()
     return losses
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: "40 s", "12 min" or "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
