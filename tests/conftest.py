@@ -6,7 +6,6 @@ import json
 import os
 import runpy
 import sys
-from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -14,7 +13,6 @@ from random import Random
 import pytest
 import torch
 from hypothesis import settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from minisweet import NgramExit, toy
@@ -148,27 +146,6 @@ def toy_examples(folder: Path, rows: range | list[int], max_length: int = 32) ->
     return Texts(tokenizer, load_examples("toy", "train", Path()).take(rows))
 
 
-SHAPES = st.fixed_dictionaries(
-    {
-        "num_hidden_layers": st.integers(1, 3),
-        "num_attention_heads": st.sampled_from([1, 2, 4]),
-        "hidden_size": st.sampled_from([8, 16, 24]),
-        "layer_norm_eps": st.sampled_from([1e-12, 1e-7, 1e-3]),
-    }
-)
-
-
-@st.composite
-def any_padding(draw) -> tuple[torch.Tensor, ...]:
-    """Ids, any padding pattern that leaves a token in each row, and token types."""
-    shape = draw(st.integers(1, 3)), draw(st.integers(1, 20) | st.sampled_from([129, 200]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    input_ids = torch.randint(0, 50, shape, generator=generator)
-    mask = torch.randint(0, 2, shape, generator=generator)
-    mask[torch.arange(shape[0]), torch.randint(0, shape[1], (shape[0],), generator=generator)] = 1
-    return input_ids, mask, torch.randint(0, 2, shape, generator=generator)
-
-
 def note_difference(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
     """Keep the largest difference to a reference, for the end of pytest's output."""
     LARGEST[what] = max(LARGEST.get(what, 0.0), (ours - theirs).abs().max().item())
@@ -249,15 +226,6 @@ def undecided_models(*args, **options) -> list[MultiExitModel]:
         if "classifier" in name or "lte" in name:
             torch.nn.init.normal_(parameter)
     return [model.eval() for model in models]
-
-
-def count_blocks(models: list[MultiExitModel]) -> Counter:
-    """Counts from now on how often feed-forward blocks run for (B, T) tokens."""
-    seen = Counter()
-    for name, module in torch.nn.ModuleList(models).named_modules():
-        if name.endswith(".output"):
-            module.register_forward_pre_hook(lambda _, x: seen.update([tuple(x[0].shape[:2])]))
-    return seen
 
 
 @contextmanager

@@ -35,12 +35,16 @@ def test_an_exit_is_a_pooler_and_a_classifier(model_type):
     assert answer.certainty is None
 
 
+@pytest.mark.parametrize(("heads", "eps", "span"), [(1, 1e-3, -1), (4, 1e-12, 6)])
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_an_encoder_reads_a_checkpoint_as_transformers_does_and_learns_with_sweet(tmp_path, model_type):
+def test_an_encoder_reads_a_checkpoint_as_transformers_does_and_learns_with_sweet(
+    tmp_path, model_type, heads, eps, span
+):
     """Exercise 9 adds roberta."""
     transformers = pytest.importorskip("transformers")
     config = CONFIGS.get(model_type, CONFIGS["bert"] | {"type_vocab_size": 1})
-    config = config | {"model_type": model_type, "max_position_embeddings": 42}
+    config = config | {"model_type": model_type, "max_position_embeddings": 42, "max_relative_positions": span}
+    config |= {"num_attention_heads": heads, "layer_norm_eps": eps}
     reference = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config)).eval()
     for parameter in reference.parameters():  # as drawn by default, position terms would hardly show
         torch.nn.init.normal_(parameter, std=0.3)

@@ -39,16 +39,6 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, run_of, model_type, method, 
     assert keys.tolist() == Texts(tokenizer, rows).keys.tolist()
 
 
-@pytest.mark.parametrize("left", [0, 4, 1000, -1])
-def test_weights_that_were_cut_are_one_line(run_of, tmp_path, left):
-    folder = shutil.copytree(run_of("sweet"), tmp_path / "run")
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:left])
-    assert refused(load_models, folder, read_run(folder), read_config(folder)).startswith(
-        f"{folder}: no readable model"
-    )
-
-
 def test_weights_and_rows_of_another_run_are_refused(run_of, tmp_path):
     folder = shutil.copytree(run_of("sweet"), tmp_path / "run")
     shutil.copy(run_of("ee") / "model.safetensors", folder)
