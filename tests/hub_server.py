@@ -13,29 +13,25 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves in a thread while it is entered: `with HubServer() as server: ... server.url ...`."""
+    """Serves in a thread until it is left: `with HubServer() as server: ... server.url ...`."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files: dict[str, bytes] = {}  # path -> content
-        self.requests: list[tuple[str, str | None]] = []  # path, token
+        self.requests: list[str] = []  # paths
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def add_repository(self, repository: str, files: dict[str, bytes]) -> None:
         """Serve a repository of the hub: its files by their names."""
         api, listed = f"/api/models/{repository}", []
         for name, content in files.items():
-            digest = hashlib.sha1(content).hexdigest()
-            about = {"rfilename": name, "path": name, "type": "file", "size": len(content)}
-            listed.append(about | {"blobId": digest, "oid": digest})
+            same = {"blobId": (digest := hashlib.sha1(content).hexdigest()), "oid": digest, "size": len(content)}
+            listed.append({"rfilename": name, "path": name, "type": "file"} | same)
             self.files[f"/{repository}/resolve/{COMMIT}/{name}"] = content
         info = {"id": repository, "sha": COMMIT, "siblings": listed, "tags": [], "private": False}
         self.files[api] = self.files[f"{api}/revision/{COMMIT}"] = json.dumps(info).encode()
         self.files[f"{api}/tree/{COMMIT}"] = json.dumps(listed).encode()
-
-    def __enter__(self) -> "HubServer":
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
 
     def __exit__(self, *_) -> None:
         self.shutdown()
@@ -48,15 +44,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        self.server.requests.append((path, self.headers.get("Authorization")))
+        self.server.requests.append(path)
         content = self.server.files.get(path, b"")
         self.send_response(200 if path in self.server.files else 404)
         etag = f'"{hashlib.sha1(content).hexdigest()}"'
         for key, value in {"Content-Length": len(content), "X-Repo-Commit": COMMIT, "ETag": etag}.items():
             self.send_header(key, str(value))
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
+        self.wfile.write(content if self.command == "GET" else b"")
 
     do_HEAD = do_GET
 

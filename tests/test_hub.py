@@ -59,28 +59,21 @@ def fetch(tmp_path, monkeypatch):
 def test_a_model_is_fetched_once(server, fetch, tmp_path, model, name):
     folder = tmp_path / "weights" / name
     folder.mkdir(parents=True)  # an empty folder is no model
-    assert fetch(model, server.url, HF_TOKEN="hf_secret") == folder
+    assert fetch(model, server.url) == folder
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == BERT
     assert [path.name for path in folder.parent.iterdir()] == [name]
-    assert (f"/api/models/{hub.REPOSITORIES.get(model, model)}", "Bearer hf_secret") in server.requests
     assert fetch(model, NOBODY) == folder
 
 
-def test_what_a_sentence_encoder_was_trained_to_give_is_fetched_too(server, fetch):
-    pooling = {"1_Pooling/config.json": b'{"pooling_mode_cls_token": false, "pooling_mode_mean_tokens": true}'}
-    server.add_repository("some.one/sentences", BERT | pooling)
-    assert read_config(fetch("some.one/sentences", server.url)).pooling == "mean"
-    assert read_config(fetch("some.one/tiny", server.url)).pooling == "cls"
-
-
-def test_a_repository_of_pytorch_weights_is_converted(server, fetch, tmp_path):
+def test_pytorch_weights_are_converted_and_what_a_sentence_encoder_gives_is_fetched_too(server, fetch, tmp_path):
     torch.save({"weight": torch.arange(6.0)}, tmp_path / "pytorch_model.bin")
-    files = {"config.json": CONFIG, **TOKENS}
     weights = {"pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes()}
-    server.add_repository(hub.REPOSITORIES["deberta-base"], files | weights)
-    folder = fetch("deberta-base", server.url)
-    assert {path.name for path in folder.iterdir()} == {*files, "model.safetensors"}
+    files = {"config.json": CONFIG, "1_Pooling/config.json": b'{"pooling_mode": "mean"}', **TOKENS}
+    server.add_repository("some.one/sentences", files | weights)
+    folder = fetch("some.one/sentences", server.url)
     assert load_file(folder / "model.safetensors")["weight"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert not (folder / "pytorch_model.bin").exists()
+    assert read_config(folder).pooling == "mean"
 
 
 def test_unknown_unreachable_and_offline_are_refused_and_leave_nothing(server, fetch, tmp_path):
@@ -99,7 +92,7 @@ def test_a_model_that_is_not_implemented_is_refused_before_its_weights_are_fetch
     ):
         server.add_repository(hub.REPOSITORIES["bert-base"], BERT | changes)
         assert words in refused(fetch, "bert-base", server.url)
-    assert not [path for path, _ in server.requests if path.endswith("/model.safetensors")]
+    assert not [path for path in server.requests if path.endswith("/model.safetensors")]
 
 
 @pytest.mark.parametrize("model", hub.PACKAGES)
