@@ -19,7 +19,9 @@ from minisweet import NgramExit, toy
 from minisweet.base.commands import run_command
 from minisweet.base.files import InputError
 from minisweet.checkpoint import load_encoder, public_name
+from minisweet.confidence import CRITERIA, confidence, exits_taken
 from minisweet.exits import Answer, MultiExitModel, build_models, exit_loss
+from minisweet.inference import early_exit
 from minisweet.layers import TransformerEncoder
 from minisweet.loading import ARCHITECTURES
 from minisweet.tasks import TASKS, load_examples
@@ -226,6 +228,21 @@ def undecided_models(*args, **options) -> list[MultiExitModel]:
         if "classifier" in name or "lte" in name:
             torch.nn.init.normal_(parameter)
     return [model.eval() for model in models]
+
+
+def live_as_swept(models: list[MultiExitModel], batch: tuple, labels: torch.Tensor, criterion: str) -> torch.Tensor:
+    """Compare live early exit with the sweep, at many thresholds. Returns the confidences (K, N)."""
+    with torch.no_grad():
+        answers = answers_of(models, batch)
+    fitted, everybody = [CRITERIA[criterion].fit(answer, labels) for answer in answers], torch.arange(len(labels))
+    sure = torch.stack([confidence(criterion, *of_exit) for of_exit in zip(answers, fitted, strict=True)])  # (K, N)
+    predictions = torch.stack([answer.logits.argmax(-1) for answer in answers])  # (K, N)
+    for threshold in torch.linspace(CRITERIA[criterion].lowest(models[0].num_labels), 1, 21).tolist():
+        live, swept = early_exit(models, *batch, threshold, fitted, criterion), exits_taken(sure, threshold)
+        assert live.exits.tolist() == swept.tolist()
+        assert live.labels.tolist() == predictions[swept, everybody].tolist()
+        torch.testing.assert_close(live.confidence, sure[swept, everybody], atol=1e-4, rtol=1e-4)
+    return sure
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from minisweet.exits import HEADS, METHODS, Answer, build_models, exit_costs
 from minisweet.inference import early_exit
 from minisweet.loading import new_encoder
 from tests import conftest
-from tests.conftest import CONFIGS, answers_of, random_batch, rewrite, tiny_encoder, undecided_models, write_model
+from tests.conftest import CONFIGS, random_batch, rewrite, tiny_encoder, undecided_models, write_model
 
 LABELS = torch.tensor([0, 1, 1, 0])
 MODEL_TYPES = st.sampled_from([*CONFIGS])
@@ -120,20 +120,9 @@ def test_thresholds_go_from_1_over_c_where_all_exit_to_1_where_none_does(num_lab
 )
 def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, strategy, num_labels, seed, pooling):
     """Sec. 3.3: the sweep over the exits' logits is exact."""
-    folder, batch = write_model(tmp_path_factory.mktemp("live"), model_type), random_batch(seed, batch=16)
+    folder = write_model(tmp_path_factory.mktemp("live"), model_type)
     models = undecided_models(folder, method, (1, 2, 4), num_labels, strategy, seed, pooling)
-    labels = torch.randint(num_labels, (16,))
-    with torch.no_grad():
-        answers = answers_of(models, batch)
-    fitted = [CRITERIA[strategy].fit(answer, labels) for answer in answers]
-    sure = torch.stack([confidence(strategy, answer, own) for answer, own in zip(answers, fitted, strict=True)])
-    predictions = torch.stack([answer.logits.argmax(-1) for answer in answers])  # (K, N)
-    for threshold in np.linspace(CRITERIA[strategy].lowest(num_labels), 1, 11):
-        live = early_exit(models, *batch, threshold, fitted, strategy)
-        swept = exits_taken(sure, threshold)
-        assert live.exits.tolist() == swept.tolist()
-        assert live.labels.tolist() == predictions[swept, torch.arange(16)].tolist()
-        torch.testing.assert_close(live.confidence, sure[swept, torch.arange(16)], atol=1e-4, rtol=1e-4)
+    conftest.live_as_swept(models, random_batch(seed, batch=16), torch.randint(num_labels, (16,)), strategy)
 
 
 @pytest.mark.parametrize("method", METHODS)
