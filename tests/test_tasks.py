@@ -2,7 +2,9 @@
 
 import io
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +15,6 @@ from minisweet.run import read_run
 from minisweet.tasks import TASKS, find_task, load_examples
 from minisweet.texts import Examples, read_cells
 from tests.conftest import refused, write_model
-from tests.hub_server import HubServer
 
 ODD = 'say "so\r\u2028\x85\x0b\x0c\x1c\u00e9 \\'  # characters within a sentence that str.splitlines would stumble over
 
@@ -59,10 +60,18 @@ def test_new_texts_need_no_label_and_blank_lines_are_texts(tmp_path):
 
 @pytest.fixture
 def host(monkeypatch):
-    with HubServer() as server:
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        monkeypatch.setattr(hub, "GLUE_HOST", server.url)
-        yield server
+    """GLUE's host: its files by their paths, and the paths that were asked for."""
+    host = SimpleNamespace(files={}, requests=[])
+
+    def urlopen(url: str, timeout: float):
+        host.requests.append(path := url.removeprefix(hub.GLUE_HOST))
+        if path not in host.files:
+            raise OSError("HTTP Error 404")
+        content = host.files[path]
+        return nullcontext(SimpleNamespace(length=len(content), read=lambda: content))
+
+    monkeypatch.setattr(hub, "urlopen", urlopen)
+    return host
 
 
 def fetched(task: str, folder) -> list[Examples]:
@@ -86,6 +95,7 @@ def test_fetches_the_two_files_of_a_zip_and_no_other(tmp_path, host, task):
     host.files[path] = zipped({f"{folder}/{name}": content for name, content in kinds.items()} | others)
     data_dir = tmp_path / "new" / "data"
     second, labels = ["b", "d"] if len(TASKS[task].columns) == 3 else None, [2, 0] if task == "mnli" else [1, 0]
+    assert (TASKS[task].metric == "matthews") is (task == "cola")
     for _ in range(2):
         examples = Examples([ODD, "c"], second, labels, empty={"qqp": 2, "sst2": 1}.get(task, 0))
         assert fetched(task, data_dir) == [examples] * 2
@@ -110,7 +120,7 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, host):
     half = {"/glue/data/RTE.zip": zipped({"RTE/train.tsv": FILES["rte"]})}
     for host.files, reason in (({}, "HTTP Error 404"), (half, "There is no item named 'RTE/dev.tsv'")):
         message = refused(fetched, "rte", tmp_path)
-        assert message.startswith(f"{host.url}/glue/data/RTE.zip: cannot be fetched (")
+        assert message.startswith(f"{hub.GLUE_HOST}/glue/data/RTE.zip: cannot be fetched (")
         assert reason in message
         assert message.endswith(f"put train.tsv and dev.tsv into {tmp_path / 'RTE'} by hand (--data-dir)")
         assert not list(tmp_path.iterdir())
