@@ -10,6 +10,7 @@ import pytest
 
 import evaluate
 import train
+from evaluate import read_evaluation
 from minisweet import hub, tasks
 from minisweet.run import read_run
 from minisweet.tasks import TASKS, find_task, load_examples
@@ -143,21 +144,23 @@ def write_own(folder: Path, train: str | None, dev: str | None) -> None:
 @pytest.mark.parametrize(("text", "columns"), [(SINGLE, ["sentence"]), (PAIRS, ["sentence1", "sentence2"])])
 def test_a_data_set_in_glues_layout_is_trained_on_and_evaluated(command, tmp_path, monkeypatch, text, columns):
     monkeypatch.setattr(tasks, "PAPER_STEPS", 5)
-    write_own(tmp_path, text, text)
+    write_own(tmp_path, text, text + text.splitlines(True)[1])
     task = find_task("own", tmp_path)
     assert (task.labels, task.columns, task.metric) == (("no", "yes"), (*columns, "label"), "accuracy")
     rows = Examples([ODD, "c"], ["b", "d"] if len(columns) == 2 else None, [0, 1], empty=1)
-    assert [load_examples("own", split, tmp_path) for split in ("train", "dev")] == [rows] * 2
+    assert load_examples("own", "train", tmp_path) == rows
+    assert load_examples("own", "dev", tmp_path) == rows.take([0, 1, 0])._replace(empty=1)
     write_model(tmp_path / "tiny", "bert")
     words = "--model tiny --data-dir . --task own --exit-layers 1,2,4 --max-length 32 --amp off --out run".split()
     status, _, err = command(train, *words)
     assert "lr 0.0001, epochs 5, seed 0, " in err
-    assert (status, "own: 2 of 2 rows to train on (cut to 32 tokens: 0), 2 to validate\n" in err) == (0, True)
+    assert (status, "own: 2 of 2 rows to train on (cut to 32 tokens: 0), 3 to validate\n" in err) == (0, True)
     assert [f"{name}.tsv: rows without text or label, skipped: 1\n" in err for name in ("train", "dev")] == [True, True]
     record = read_run(Path("run"))
     assert (record.task, record.labels, record.text_columns) == ("own", ["no", "yes"], columns)
     assert (record.metric, record.epochs, len(record.losses[0])) == ("accuracy", 5, 5)
     assert command(evaluate, "run")[0] == 0
+    assert read_evaluation(Path("run"))["majority"] == pytest.approx(200 / 3)
 
 
 @pytest.mark.parametrize(
