@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minisweet.base.files import read_json
-from minisweet.defaults import default_exit_layers, default_learning_rate, fill_in
+from minisweet.defaults import default_batch_size, default_exit_layers, default_learning_rate, fill_in
 from minisweet.exits import HEADS, METHODS
 from minisweet.loading import read_config
 from minisweet.run import check_output, load_models, read_run, save_run
@@ -63,6 +63,7 @@ def test_a_task_of_ones_own_gets_the_papers_750_steps_and_never_fewer_than_two_e
         assert epochs("own", own, rows) == wanted
     assert (epochs("own", own, 788, batch_size=8), epochs("own", own, 788, epochs=1)) == (8, 1)
     assert [epochs(name, TASKS[name], 788) for name in ("mrpc", "toy")] == [2, 3]
+    assert [default_batch_size(SimpleNamespace(model_type="deberta", hidden_size=D)) for D in (768, 1024)] == [16, 8]
 
 
 def test_the_papers_rates_are_the_defaults_and_elsewhere_the_size_decides():
