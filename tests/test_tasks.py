@@ -1,5 +1,6 @@
 """The data of a training: GLUE, read and fetched from this machine only, and a data set of your own."""
 
+import hashlib
 import io
 import zipfile
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from minisweet import hub, tasks
 from minisweet.run import read_run
 from minisweet.tasks import TASKS, find_task, load_examples
 from minisweet.texts import Examples, read_cells
+from minisweet.toy import make_toy
 from tests.conftest import refused, write_model
 
 ODD = 'say "so\r\u2028\x85\x0b\x0c\x1c\u00e9 \\'  # characters within a sentence that str.splitlines would stumble over
@@ -115,6 +117,12 @@ def test_fetches_mrpc_and_splits_it_by_the_listed_ids(tmp_path, host):
     assert train == Examples([ODD, '" e'], ["b", "f"], [1, 1])
     assert dev == Examples(["c"], ["d"], [0])
     assert (tmp_path / "MRPC" / "dev.tsv").read_bytes().startswith(b"\xef\xbb\xbfQuality")
+
+
+def test_the_toy_task_is_the_same_on_every_machine():
+    """And so of the same size, balance and order."""
+    both = repr([make_toy(split) for split in ("train", "dev")])
+    assert hashlib.sha256(both.encode()).hexdigest().startswith("a5d109e18e76a2bc")
 
 
 def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, host):
