@@ -6,7 +6,6 @@ import json
 import os
 import runpy
 import sys
-from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -14,18 +13,20 @@ from random import Random
 import pytest
 import torch
 from hypothesis import settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minisweet import NgramExit, toy
+from minisweet import toy
 from minisweet.base.commands import run_command
 from minisweet.base.files import InputError
 from minisweet.checkpoint import load_encoder, public_name
+from minisweet.confidence import CRITERIA, confidence, exits_taken
 from minisweet.exits import Answer, MultiExitModel, build_models, exit_loss
+from minisweet.inference import early_exit
 from minisweet.layers import TransformerEncoder
 from minisweet.loading import ARCHITECTURES
 from minisweet.tasks import TASKS, load_examples
 from minisweet.texts import Texts, load_tokenizer
+from tests.own_text import OWN, opinions, own_run, random_bag, write_classifier, write_rows  # noqa: F401
 
 CHECKOUT = Path(__file__).parent.parent
 LARGEST: dict[str, float] = {}  # differences to references, by what was compared
@@ -133,40 +134,10 @@ def reconfigure(folder: Path, base: str, **changes) -> None:
     (folder / "config.json").write_text(json.dumps(content))
 
 
-def write_classifier(folder: Path, **changes) -> Path:
-    """A tiny BERT that was fine-tuned elsewhere for two classes."""
-    write_model(folder, "bert")
-    head = {"classifier.weight": torch.randn(2, 16), "classifier.bias": torch.randn(2)}
-    rewrite(folder, lambda tensors: tensors | head)
-    reconfigure(folder, "bert", **changes)
-    return folder
-
-
 def toy_examples(folder: Path, rows: range | list[int], max_length: int = 32) -> Texts:
     """Rows of the toy task, in the tokens of a tiny model."""
     tokenizer = load_tokenizer(folder, SIZES["vocab_size"], max_length)
     return Texts(tokenizer, load_examples("toy", "train", Path()).take(rows))
-
-
-SHAPES = st.fixed_dictionaries(
-    {
-        "num_hidden_layers": st.integers(1, 3),
-        "num_attention_heads": st.sampled_from([1, 2, 4]),
-        "hidden_size": st.sampled_from([8, 16, 24]),
-        "layer_norm_eps": st.sampled_from([1e-12, 1e-7, 1e-3]),
-    }
-)
-
-
-@st.composite
-def any_padding(draw) -> tuple[torch.Tensor, ...]:
-    """Ids, any padding pattern that leaves a token in each row, and token types."""
-    shape = draw(st.integers(1, 3)), draw(st.integers(1, 20) | st.sampled_from([129, 200]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    input_ids = torch.randint(0, 50, shape, generator=generator)
-    mask = torch.randint(0, 2, shape, generator=generator)
-    mask[torch.arange(shape[0]), torch.randint(0, shape[1], (shape[0],), generator=generator)] = 1
-    return input_ids, mask, torch.randint(0, 2, shape, generator=generator)
 
 
 def note_difference(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -203,15 +174,6 @@ def model_of(*args, **options) -> MultiExitModel:
 def answers_of(models: list[MultiExitModel], batch: tuple) -> list[Answer]:
     """The answers of all exits."""
     return [answer for model in models for answer in model(*batch)]
-
-
-def random_bag(num_labels: int) -> NgramExit:
-    """A bag of words whose table holds random numbers."""
-    bag, generator = NgramExit(60, num_labels, [0, 1, 2, 3]), torch.Generator().manual_seed(1)
-    for tensor in bag.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    return bag
 
 
 def exit_losses(model: MultiExitModel, batch: tuple, labels: torch.Tensor) -> list[torch.Tensor]:
@@ -251,13 +213,19 @@ def undecided_models(*args, **options) -> list[MultiExitModel]:
     return [model.eval() for model in models]
 
 
-def count_blocks(models: list[MultiExitModel]) -> Counter:
-    """Counts from now on how often feed-forward blocks run for (B, T) tokens."""
-    seen = Counter()
-    for name, module in torch.nn.ModuleList(models).named_modules():
-        if name.endswith(".output"):
-            module.register_forward_pre_hook(lambda _, x: seen.update([tuple(x[0].shape[:2])]))
-    return seen
+def live_as_swept(models: list[MultiExitModel], batch: tuple, labels: torch.Tensor, criterion: str) -> torch.Tensor:
+    """Compare live early exit with the sweep, at many thresholds. Returns the confidences (K, N)."""
+    with torch.no_grad():
+        answers = answers_of(models, batch)
+    fitted, everybody = [CRITERIA[criterion].fit(answer, labels) for answer in answers], torch.arange(len(labels))
+    sure = torch.stack([confidence(criterion, *of_exit) for of_exit in zip(answers, fitted, strict=True)])  # (K, N)
+    predictions = torch.stack([answer.logits.argmax(-1) for answer in answers])  # (K, N)
+    for threshold in torch.linspace(CRITERIA[criterion].lowest(models[0].num_labels), 1, 21).tolist():
+        live, swept = early_exit(models, *batch, threshold, fitted, criterion), exits_taken(sure, threshold)
+        assert live.exits.tolist() == swept.tolist()
+        assert live.labels.tolist() == predictions[swept, everybody].tolist()
+        torch.testing.assert_close(live.confidence, sure[swept, everybody], atol=1e-4, rtol=1e-4)
+    return sure
 
 
 @contextmanager
@@ -395,40 +363,3 @@ def run_of(tmp_path_factory):
         return folder / name
 
     return finished
-
-
-def opinions(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Different texts, each with a word that decides whether its label is up or down."""
-    draw, found = Random(seed), {}
-    while len(found) < count:
-        label = draw.choice(["up", "down"])
-        words = [draw.choice("good great superb".split() if label == "up" else "bad dull awful".split())]
-        words += draw.choices("the a film was but and i you it is".split(), k=6)
-        found[" ".join(draw.sample(words, 7))] = label
-    return list(found.items())
-
-
-def write_rows(path: Path, rows: list[tuple], *columns: str) -> Path:
-    """Write a CSV of cells that need no quotes."""
-    path.write_text("".join(",".join(map(str, row)) + "\n" for row in [columns, *rows]))
-    return path
-
-
-@pytest.fixture(scope="session")
-def own_run(tmp_path_factory) -> Path:
-    """What `minisweet fit` makes of own.csv and more.csv, which lie beside it, with the model `tiny`, and new.csv."""
-    from minisweet.classifier.main import fit
-
-    folder = tmp_path_factory.mktemp("own")
-    write_model_of_words(folder / "tiny")
-    rows, unlabelled = opinions(1000)[:300], opinions(1000)[300:800]
-    write_rows(folder / "own.csv", rows, "text", "label")
-    more = [(text, "unread") for text, _ in unlabelled + rows[:20] + unlabelled[:7]]
-    write_rows(folder / "more.csv", more, "text", "label")
-    write_rows(folder / "new.csv", opinions(1000)[800:], "text", "label")
-    with in_folder(folder):
-        assert run(fit, "own.csv", "--unlabelled", "more.csv", "--out", "run", *OWN) == 0
-    return folder / "run"
-
-
-OWN = "--model tiny --max-length 32 --amp off --epochs 2 --lr 3e-3".split()  # `minisweet fit` in that folder

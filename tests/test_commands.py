@@ -1,17 +1,16 @@
-"""What every command shares: exit statuses, notices, checked options, devices and precision; also where installed."""
+"""What every command shares: exit statuses, notices, devices and precision, and where files are kept."""
 
 import errno
 import os
-import shutil
 import signal
-import subprocess
-import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 
+from minisweet import hub
 from minisweet.base import devices
 from minisweet.base.commands import progress, run_command
 from minisweet.base.devices import choose_device, choose_precision
@@ -25,7 +24,6 @@ from tests.conftest import CHECKOUT, refused, run
         (InputError("a\nb", "max_lost"), 2, "minisweet predict: error: --max-lost: a\\nb\n"),
         (InputError("no row of 'out of memory'"), 2, "minisweet predict: error: no row of 'out of memory'\n"),
         (PermissionError(errno.EACCES, "denied", "a"), 2, "minisweet predict: error: [Errno 13] denied: 'a'\n"),
-        (MemoryError(), 2, "minisweet predict: error: too little memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8"), 2, "too little memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "try a smaller --batch-size, --max-length or model"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
@@ -76,12 +74,8 @@ def test_a_device_is_there_or_refused(monkeypatch):
     assert choose_device("auto") == choose_device("cuda") == choose_device("cuda:0") == torch.device("cuda:0")
 
 
-@pytest.mark.slow
-def test_an_installed_package_has_its_commands_and_keeps_its_files_in_the_users_cache(tmp_path):
-    shutil.copytree(CHECKOUT / "minisweet", tmp_path / "site" / "minisweet")
-    environment = {name: value for name, value in os.environ.items() if name != "MINISWEET_HOME"}
-    environment |= {"PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path / "user")}
-    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-m", "minisweet", "reproduce", "--help"], **options)
-    assert f"default:{tmp_path}/user/.cache/minisweet/data" in "".join(done.stdout.split())
-    assert os.listdir(tmp_path) == ["site"]
+def test_files_are_kept_in_the_clone_or_if_there_is_none_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.delenv("MINISWEET_HOME", raising=False)
+    assert hub.home() == CHECKOUT
+    monkeypatch.setattr(hub, "CLONE", tmp_path)
+    assert hub.home() == Path.home() / ".cache" / "minisweet"

@@ -3,27 +3,22 @@
 import pytest
 import torch
 
-from minisweet import MultiExitModel, load_encoder
+from minisweet import MultiExitModel
 from minisweet.dropout import Dropout
 from minisweet.hub import home
 from tests.conftest import note_difference, random_batch, tiny_encoder
+from tests.references.__main__ import differences
 
 
 def test_hidden_states_of_the_public_mpnet_are_those_of_transformers():
     """Where its weights are at hand; with distances beyond the last bucket."""
-    folder, transformers = home() / "weights" / "mpnet-base", pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
+    folder = home() / "weights" / "mpnet-base"
     if not folder.exists():
         pytest.skip("mpnet-base is not at hand")
-    generator = torch.Generator().manual_seed(0)
-    ids, mask = torch.randint(5, 30000, (2, 203), generator=generator), torch.ones(2, 203, dtype=torch.int64)
-    ids[:, 0], mask[1, 150:] = 0, 0
-    reference = transformers.AutoModel.from_pretrained(folder).eval()
-    with torch.no_grad():
-        ours = load_encoder(folder)(ids, mask)
-        theirs = reference(ids, mask, output_hidden_states=True).hidden_states
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a[mask == 1], b[mask == 1], atol=5e-5, rtol=0)
-        note_difference("hidden states of the public MPNet, beside transformers", a[mask == 1], b[mask == 1])
+    of_states, of_gradients = map(torch.tensor, differences(folder))
+    assert (of_states < 5e-5, of_gradients < 1e-4) == (True, True)
+    note_difference("hidden states of the public MPNet, beside transformers", of_states, torch.zeros(()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -41,7 +36,8 @@ def test_autocast_and_half_models_stay_close_and_train_and_padding_changes_no_to
     limit = 32 * torch.finfo(dtype).eps  # a few roundings of numbers of size 1 to 4
     assert 0 < rounding < limit
     assert (padded - cast)[real].abs().max() <= 2 * rounding
-    assert (encoder.to(dtype)(*batch)[-1].float() - exact)[real].abs().max() < limit
+    half = encoder.to(dtype)(*batch)[-1].float()
+    assert ((half - exact)[real].abs().max() < limit, half.isfinite().all()) == (True, True)
 
 
 def test_dropout_is_where_the_models_have_it(model_type):
@@ -78,18 +74,16 @@ def test_dropout_meets_debertas_positions_too():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_elements_are_dropped_one_by_one_and_the_others_scaled(dtype, p):
+def test_elements_are_dropped_one_by_one_and_the_others_scaled(dtype):
     torch.manual_seed(0)
-    x = torch.ones(1001, 103, dtype=dtype, requires_grad=True)  # no multiple of the four numbers of a draw
+    p, x = 0.1, torch.ones(1001, 103, dtype=dtype, requires_grad=True)  # no multiple of the four numbers of a draw
     y = Dropout(p).train()(x)
     dropped = (y == 0).float()
     assert dropped.mean().item() == pytest.approx(p, abs=0.005)
     assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / (1 - round(p * 65536) / 65536), dtype=dtype).item()}
-    centred = dropped - p
-    for dim, shift in ((0, 1), (1, 1), (1, 4)):  # neighbours know nothing of each other, nor do draws
-        correlation = (centred * centred.roll(shift, dim)).mean() / (p * (1 - p))
-        assert abs(correlation) < 0.015
+    for shift in (1, 4):  # neighbours know nothing of each other, nor do draws
+        both = (dropped * dropped.roll(shift, 1)).mean().item()
+        assert both == pytest.approx(p * p, abs=0.0015)
     nothing = Dropout(1 - 1e-9).train()(x)  # a few elements in 65,536 would pass
     (y + nothing).sum().backward()
     assert nothing.count_nonzero() == 0

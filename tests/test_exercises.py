@@ -8,16 +8,14 @@ import subprocess
 import sys
 from textwrap import dedent, indent
 
-import numpy as np
 import pytest
 import torch
 
 from minisweet import MultiExitModel, load_encoder
 from minisweet.base.files import read_json
 from minisweet.checkpoint import CLASSIFIERS
-from minisweet.confidence import CRITERIA, confidence, exits_taken
+from minisweet.confidence import CRITERIA
 from minisweet.exits import Answer, ExitHead
-from minisweet.inference import early_exit
 from minisweet.loading import ARCHITECTURES
 from tests import conftest
 from tests.conftest import CHECKOUT, CONFIGS, random_batch, tiny_encoder, write_model
@@ -35,12 +33,16 @@ def test_an_exit_is_a_pooler_and_a_classifier(model_type):
     assert answer.certainty is None
 
 
+@pytest.mark.parametrize(("heads", "eps", "span"), [(1, 1e-3, -1), (4, 1e-12, 6)])
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_an_encoder_reads_a_checkpoint_as_transformers_does_and_learns_with_sweet(tmp_path, model_type):
+def test_an_encoder_reads_a_checkpoint_as_transformers_does_and_learns_with_sweet(
+    tmp_path, model_type, heads, eps, span
+):
     """Exercise 9 adds roberta."""
     transformers = pytest.importorskip("transformers")
     config = CONFIGS.get(model_type, CONFIGS["bert"] | {"type_vocab_size": 1})
-    config = config | {"model_type": model_type, "max_position_embeddings": 42}
+    config = config | {"model_type": model_type, "max_position_embeddings": 42, "max_relative_positions": span}
+    config |= {"num_attention_heads": heads, "layer_norm_eps": eps}
     reference = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config)).eval()
     for parameter in reference.parameters():  # as drawn by default, position terms would hardly show
         torch.nn.init.normal_(parameter, std=0.3)
@@ -63,27 +65,25 @@ def test_a_criterion_decides_live_as_in_the_sweep(tmp_path, criterion):
     """Exercise 10 adds entropy."""
     strategy = "lte" if criterion == "lte" else "confidence"
     models = conftest.undecided_models(write_model(tmp_path, "bert"), "sweet", num_labels=3, strategy=strategy)
-    batch, labels, rule = random_batch(batch=32), torch.arange(32) % 3, CRITERIA[criterion]
-    with torch.no_grad():
-        answers = models[0](*batch)
-    fitted = [rule.fit(answer, labels) for answer in answers]
-    sure = torch.stack([confidence(criterion, *of_exit) for of_exit in zip(answers, fitted, strict=True)])  # (K, N)
-    for threshold in np.linspace(rule.lowest(3), 1, 21):
-        live = early_exit(models, *batch, threshold, fitted, criterion)
-        assert live.exits.tolist() == exits_taken(sure, threshold).tolist()
+    sure = conftest.live_as_swept(models, random_batch(batch=32), torch.arange(32) % 3, criterion)
     assert len(sure.unique()) > 20
     if strategy == "confidence":
         logits = torch.tensor([[2.0, 2.0, 2.0], [3.0, 1.0, 1.0], [3.0, 1.0, -9.0], [9.0, -9.0, -9.0]])
         p = (logits / 2).double().softmax(-1)
-        found, entropy = rule.confidence(Answer(logits), torch.tensor([2.0])), -(p * p.log()).sum(-1)
+        found, entropy = CRITERIA[criterion].confidence(Answer(logits), torch.tensor([2.0])), -(p * p.log()).sum(-1)
         expected = 1 - entropy / math.log(3) if criterion == "entropy" else p.amax(-1)
         torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-6)
 
 
-def run_python(folder, *words, **environment) -> subprocess.CompletedProcess:
-    """Run Python with these words in a folder where the clone's modules are found."""
+def run_python(folder, *words, right=(0,), **environment) -> subprocess.CompletedProcess:
+    """Run Python with these words in a folder where the clone's modules are found; its status is to be right."""
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run([sys.executable, *map(str, words)], cwd=folder, env=environment, capture_output=True)
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, env=environment, capture_output=True)
+    assert done.returncode in right, done.stderr
+    return done
+
+
+TRAINING = "--model tiny --exit-layers 1,2,4 --train-size 64 --epochs 1 --max-length 32 --amp off --lr 1e-3".split()
 
 
 def filled(stub: str, answers: list[str]) -> str:
@@ -110,9 +110,9 @@ def exercises() -> dict[int, tuple[list[str], str]]:
 def passes(file, content: str, tests: str) -> bool:
     """Whether tests pass with this content in a learner's own file."""
     file.write_text(content)
-    done = run_python(CHECKOUT, "-m", "pytest", "-q", "-p", "no:cacheprovider", *shlex.split(tests), MINE=str(file))
-    assert done.returncode in (0, 1, 5), done.stderr  # passed, failed, no test of that name
-    return done.returncode == 0
+    words = "-m", "pytest", "-q", "-p", "no:cacheprovider", *shlex.split(tests)
+    right = 0, 1, 5  # passed, failed, no test of that name
+    return run_python(CHECKOUT, *words, right=right, MINE=str(file)).returncode == 0
 
 
 @pytest.mark.slow
@@ -139,14 +139,12 @@ def test_the_answers_to_exercises_1_to_5_pass_their_tests_and_the_stubs_do_not(t
     (weighted,) = exercises[8][0]
     assert "sum(losses).backward()\n" in whole
     write_model(tmp_path / "tiny", "bert")
-    options = "--model tiny --exit-layers 1,2,4 --train-size 64 --epochs 1 --max-length 32 --amp off --lr 1e-3".split()
     losses = {}
     twice = whole.replace("sum(losses).backward()\n", weighted)
     for out, content, method in (("once", whole, "ee"), ("half", whole, "half"), ("twice", twice, "ee")):
         (tmp_path / "my_exits.py").write_text(content)
-        for words in (("train", *options, "--method", method, "--out", out), ("evaluate", out)):
-            done = run_python(tmp_path, "my_exits.py", *words)
-            assert done.returncode == 0, done.stderr
+        run_python(tmp_path, "my_exits.py", "train", *TRAINING, "--method", method, "--out", out)
+        run_python(tmp_path, "my_exits.py", "evaluate", out)
         losses[out] = read_json(tmp_path / out / "run.json")["losses"][0]
     first, second = ({str(steps[n]) for steps in losses.values()} for n in (0, 1))
     assert (len(first), len(second)) == (1, 3)  # equal losses at the first step, and others from then on
@@ -154,14 +152,12 @@ def test_the_answers_to_exercises_1_to_5_pass_their_tests_and_the_stubs_do_not(t
 
 @pytest.mark.slow
 def test_the_answer_to_exercise_7_reads_what_evaluate_writes(tmp_path, exercises):
-    write_model(tmp_path / "minilm-l6", "bert")
-    options = "--exit-layers 1,2,4 --train-size 200 --max-length 32 --amp off --lr 3e-3".split()
-    for words in (("train.py", "--model", "minilm-l6", *options), ("evaluate.py",)):
-        done = run_python(tmp_path, CHECKOUT / words[0], *words[1:])
-        assert done.returncode == 0, done.stderr
+    write_model(tmp_path / "tiny", "bert")
+    run_python(tmp_path, CHECKOUT / "train.py", *TRAINING, "--out", "runs/minilm-l6-sweet-toy-seed0")
+    run_python(tmp_path, CHECKOUT / "evaluate.py")
     done = run_python(tmp_path, "-c", exercises[7][0][0])
     threshold, points = map(float, re.findall(rb"[-\d.]+", done.stdout.splitlines()[0]))
-    assert (0.5 <= threshold <= 1, abs(points) < 20) == (True, True), done.stderr
+    assert (0.5 <= threshold <= 1, abs(points) < 20) == (True, True)
 
 
 @pytest.mark.slow
@@ -179,15 +175,9 @@ def test_the_answer_to_exercise_10_passes_its_test_and_evaluates_and_predicts(tm
     assert not passes(file, stub, tests)
     assert passes(file, filled(stub, [answer]), tests)
     write_model(tmp_path / "tiny", "bert")
-    options = "--model tiny --exit-layers 1,2,4 --train-size 64 --epochs 1 --max-length 32 --amp off --out run".split()
     (tmp_path / "new.tsv").write_text("sentence\nThe desk was superb.\n")
-    commands = [
-        (CHECKOUT / "train.py", *options),
-        (file, "run", "--criterion", "entropy"),
-        (file, "run", "--predict", "new.tsv", "--threshold", "0.5"),
-    ]
-    for words in commands:
-        done = run_python(tmp_path, *words)
-        assert done.returncode == 0, done.stderr
+    run_python(tmp_path, CHECKOUT / "train.py", *TRAINING, "--out", "run")
+    run_python(tmp_path, file, "run", "--criterion", "entropy")
     assert read_json(tmp_path / "run" / "evaluation.json")["criterion"] == "entropy"
+    done = run_python(tmp_path, file, "run", "--predict", "new.tsv", "--threshold", "0.5")
     assert len(done.stdout.split()) == 3  # label, confidence, exit layer

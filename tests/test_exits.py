@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from minisweet import MultiExitModel, load_encoder
@@ -19,7 +17,6 @@ from minisweet.inference import early_exit
 from minisweet.loading import read_config
 from tests import conftest
 from tests.conftest import (
-    CONFIGS,
     answers_of,
     exit_losses,
     model_of,
@@ -73,25 +70,16 @@ def test_the_pooling_is_the_checkpoints_or_the_presets_or_that_which_is_asked_fo
     assert "pooling is 'max', should be one of" in conftest.refused(read_config, folder)
 
 
-@settings(max_examples=24)
-@given(model_type=st.sampled_from([*CONFIGS]), method=st.sampled_from([*METHODS]), seed=st.integers(0, 1000))
-def test_a_mask_and_types_may_be_left_out_and_padding_on_the_left_is_refused(
-    tmp_path_factory, model_type, method, seed
-):
-    models = [model.eval() for model in models_of(write_model(tmp_path_factory.mktemp("left"), model_type), method)]
-    input_ids, mask, types = random_batch(seed, batch=8)
-    ones, zeros, model, decide = torch.ones_like(mask), torch.zeros_like(types), models[-1], partial(early_exit, models)
-    assert torch.equal(model(input_ids)[-1].logits, model(input_ids, ones, zeros)[-1].logits)
-    named = {"attention_mask": mask, "token_type_ids": zeros}
-    assert torch.equal(model(input_ids, mask)[-1].logits, model(input_ids, **named)[-1].logits)
-    assert torch.equal(model.encoder(input_ids)[-1], model.encoder(input_ids, ones, zeros)[-1])
-    live, filled = (decide(input_ids, *more, 0.8, [[1.0]] * 3) for more in ((None, None), (ones, zeros)))
-    assert torch.equal(live.confidence, filled.confidence)
-    assert len(decide(input_ids[:0], mask[:0], types[:0], 0.8, [[1.0]] * 3).exits) == 0
-    assume(not mask.all())
-    for answer in (model, partial(decide, threshold=0.8, fitted=[[1.0]] * 3)):
+@pytest.mark.parametrize("method", ["sweet", "mm"])
+def test_a_mask_and_types_may_be_left_out_and_padding_on_the_left_is_refused(model_dir, method):
+    models = [model.eval() for model in models_of(model_dir, method)]
+    ids, mask, types = random_batch(batch=8)
+    live = partial(early_exit, models, threshold=0.8, fitted=[[1.0]] * 3)
+    for answer in (lambda *inputs: models[-1](*inputs)[-1].logits, lambda *inputs: live(*inputs).confidence):
+        assert torch.equal(answer(ids, None, None), answer(ids, torch.ones_like(ids), torch.zeros_like(ids)))
         with pytest.raises(ValueError, match="padding stands before a token"):
-            answer(input_ids, mask.flip(1), types)
+            answer(ids, mask.flip(1), types)
+    assert len(live(ids[:0], mask[:0], types[:0]).exits) == 0
 
 
 @pytest.mark.parametrize(

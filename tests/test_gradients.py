@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import train
 from minisweet import MultiExitModel
+from minisweet.base.files import read_json, write_json
 from minisweet.paper import gradients
 from minisweet.paper.gradients import exit_similarities
 from minisweet.tasks import load_examples
@@ -50,6 +51,10 @@ def test_the_command_writes_the_mean_of_the_runs(command, tmp_path, monkeypatch)
             expected = [values[0, 0, 1], values[0, 0, 2], values[0, 1, 2], values[1, 1, 2]]
             np.testing.assert_allclose([float(row[name]) for row in rows], expected, atol=1e-4)
     assert "99 of 16 rows, and toy has 352 other rows" in command(gradients, *runs, "--batches", 99)[2]
+    record = read_json(runs[1] / "run.json")
+    write_json(runs[1] / "run.json", record | {"lr": 1.0})
+    assert "run1 is of another task or has other options than run0" in command(gradients, *runs, "--batches", 2)[2]
+    write_json(runs[1] / "run.json", record)
     monkeypatch.setattr("minisweet.run.load_examples", lambda task, _, folder: load_examples(task, "dev", folder))
     status, _, err = command(gradients, *runs, "--batches", 2)
     assert (status, "its train rows of toy are not those of the training" in err) == (2, True)

@@ -1,13 +1,11 @@
 """README and the guides: commands and code run as they stand there, on tiny models and invented rows."""
 
-import csv
 import functools
 import inspect
 import io
 import re
 import shlex
 import subprocess
-import threading
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -17,7 +15,6 @@ import evaluate
 import train
 from minisweet import MultiExitModel, toy
 from minisweet import __main__ as package
-from minisweet.classifier.rows import read_rows
 from minisweet.tasks import TASKS
 from tests.conftest import CHECKOUT, command_of, opinions, run, write_table
 
@@ -105,46 +102,6 @@ def test_commands_and_code_run(guide, place, capsys):
         else:
             for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
                 run_line(line.strip())
-
-
-def test_the_service_answers(run_of, place):
-    _, uvicorn, httpx = map(pytest.importorskip, ("fastapi", "uvicorn", "httpx"))
-    (block,) = [block for _, block in blocks_of(USE) if "FastAPI" in block]
-    exec(compile(block.replace("RUN", str(run_of("bag"))), USE, "exec"), names := {})
-    server = uvicorn.Server(uvicorn.Config(names["app"], port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    bad = [b'[["two", "texts"]]', rb'["\ud800"]', rb'"\ud800"', b"null", b'{"a": 1}']  # \ud800 is half an emoji
-    bodies, json_type = [b'["the film was superb", ""]', *bad], {"content-type": "application/json"}
-    answer, *refused = (httpx.post(url, content=body, headers=json_type) for body in bodies)
-    server.should_exit = True
-    thread.join()
-    assert [row["label"] in ("negative", "positive") for row in answer.json()] == [True, True]
-    assert [response.status_code for response in (answer, *refused)] == [200, *[422] * len(bad)]
-    assert "item 0: " in refused[1].json()["detail"]
-
-
-@pytest.mark.slow
-def test_dask_answers_a_folder_of_files(run_of, place):
-    """With two workers, on this machine: the cells as they are, in their files and order, and a label beside them."""
-    _, distributed = map(pytest.importorskip, ("dask.dataframe", "distributed"))
-    (block,) = [block for _, block in blocks_of(USE) if "dask" in block]
-    (place / "texts").mkdir()
-    texts = [["the film was superb", "NA"], ["", 'a dreadful,\n"old" film', "007"]]
-    for name, part in zip("ab", texts, strict=True):
-        with (place / "texts" / f"{name}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([("id", "text"), *enumerate(part)])
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
-        code = block.replace("Client()", "Client(cluster)").replace("RUN", str(run_of("bag")))
-        exec(compile(code, USE, "exec"), names := {"cluster": cluster, "__name__": "__main__"})
-        assert names["client"].status == "closed"
-    for path, part in zip(sorted((place / "answered").iterdir()), texts, strict=True):
-        expected = [str(label) for label in names["classifier"].predict(part)]
-        found = [(row["id"], row["text"], row["label"]) for _, row in read_rows(path)]
-        assert found == [(str(n), text, label) for n, (text, label) in enumerate(zip(part, expected, strict=True))]
 
 
 @functools.cache

@@ -1,10 +1,9 @@
 """Bad input: one line on standard error that names the option or the file, status 2, and nothing is written.
 
-One table for all commands. Each row is a command, its words, and what its line says. A row belongs to the room that
-raises the error, and stands in that room's section. `place` makes the files that the words name.
+Each row is a command, its words, and what its line says. `place` makes the files that the words name. The commands of
+own text have a table in test_own_refusals.py.
 """
 
-import os
 import shlex
 import shutil
 from pathlib import Path
@@ -13,11 +12,10 @@ import pytest
 
 from minisweet.__main__ import COMMANDS
 from minisweet.base.files import read_json, write_json
-from tests.conftest import command_of, in_folder, opinions, run, write_model, write_rows
+from tests.conftest import command_of, in_folder, run, write_model
 
 MODULES = COMMANDS | {"train": "train", "evaluate": "evaluate"}
 TRAIN = "--model tiny --out new --train-size 48 --epochs 1 --max-length 32"  # and then the bad words
-FIT = "--model tiny --out new --epochs 1 --max-length 32"
 
 REFUSALS = [
     # base: what argparse and the types of options refuse
@@ -43,42 +41,6 @@ REFUSALS = [
     ("evaluate", "ee --predict tiny --threshold 1", "tiny: cannot be read ("),
     ("evaluate", "old", "old: a run of minisweet fit (see minisweet test --help) or of an earlier version"),
     ("evaluate", "ee --criterion lte", "--criterion: lte needs a run of train.py --exit-strategy lte"),
-    # own text
-    ("fit", FIT, "FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE"),
-    ("fit", f"empty.csv {FIT}", "empty.csv: it has no rows"),
-    ("fit", f"pipe.csv {FIT}", "pipe.csv: cannot be read (not a file)"),
-    ("fit", f"one.csv {FIT}", "one: all rows have the label 'x', needs two or more"),
-    ("fit", f"one.csv {FIT} --dev-data one.csv", "one: all rows have the label 'x', needs two or more"),
-    ("fit", f"none.csv {FIT}", "none: no row has a label"),
-    ("fit", "none.csv --trunk bag --dev-data none.csv --out new", "none: no text is left to learn from: all of"),
-    ("fit", f"own.csv {FIT} --group-column=", "own.csv: no column ; it has text, label; name one with --group-column"),
-    ("fit", f"own.csv {FIT} --max-lost 200", "argument --max-lost: '200', should be a number from 0.01 to 99.99"),
-    (
-        "fit",
-        f"latin.csv {FIT}",
-        "latin.csv, line 2: byte 0xe9 is not UTF-8; save the file as UTF-8 (Latin-1 is not read)",
-    ),
-    ("fit", f"cells.csv {FIT}", "cells.csv, line 2: not readable as cells (3 cells, and the header has 2; a text that"),
-    ("fit", "own.csv --trunk bag --out new --epochs 1", "--epochs: cannot stand beside a trunk: nothing but the bag"),
-    ("fit", f"two.csv {FIT} --text-columns sentence1 --dev-size 0.1", "two: too few rows: no text can be set aside"),
-    ("fit", f"own.csv {FIT} --dev-data own.csv --dev-size 0.3", "--dev-size: needs a split of FILE, not --dev-data"),
-    ("fit", "--trunk bag --unlabelled own.csv --out new --dev-size 0.3", "--dev-size: needs a split of FILE, not -"),
-    ("fit", "--trunk bag --unlabelled own.csv --out new --label-column x", "--label-column: needs FILE or --dev-data"),
-    ("fit", f"own.csv {FIT} --text-columns label", "--text-columns: label, should not be the label column"),
-    ("fit", f"own.csv {FIT} --unlabelled own.csv", "--unlabelled: no text is left: all of them are also labelled, or"),
-    ("fit", f"own.csv {FIT} --unlabelled two.csv", "two.csv: no column text or sentence; it has sentence1,"),
-    ("fit", "own.csv --trunk ee --out new", "ee: a run of train.py, which is evaluated by: python evaluate.py ee"),
-    ("fit", "own.csv --trunk own.csv --out new", "--trunk: own.csv is not a folder; should be a run, or a classif"),
-    ("fit", "own.csv --trunk bag --out new --max-length 30", "--max-length: 30, should be 32, as of the trunk bag"),
-    ("predict", "ee own.csv", "ee: a run of train.py, which is evaluated by: python evaluate.py ee"),
-    ("predict", "no-point own.csv", "no-point/operating.json: not readable as JSON"),
-    ("test", "bag own.csv", "own.csv: no row is left to test on: 32 with a label that the model does not know (a, b)"),
-    ("test", "bag bag/validation.jsonl", "bag/validation.jsonl: no row is left to test on: "),
-    ("predict", "bag own.csv --out own.csv", "--out: own.csv is the input"),
-    ("predict", "bag own.csv --out two", "--out: two is a folder"),
-    ("predict", "bag bad.jsonl --out new.csv", "bad.jsonl, line 2: 'text' is 5, should be text"),
-    ("predict", "bag own.csv --out new.txt", "new.txt: should end in .csv, .tsv, .jsonl"),
-    ("explain", "bag", "TEXT: should be a text; or --html FILE and no text"),
     # paper
     ("reproduce", "--model tiny --max-length 32 --lrs 1e-3 --exit-layers 1,9", "--exit-layers: 1,9, should increase"),
     ("reproduce", "--model tiny --max-length 32 --device gpu", "--device: 'gpu' is not available; should be auto, cpu"),
@@ -93,32 +55,27 @@ def place(tmp_path_factory, run_of) -> Path:
     folder = tmp_path_factory.mktemp("place")
     write_model(folder / "tiny", "bert")
     write_model(folder / "one-type", "bert", type_vocab_size=1)
-    (folder / "two.csv").write_text("sentence1,sentence2,label\n" + "a,it,x\na,to,y\na,of,x\na,in,y\n")
     (folder / "two").mkdir()
-    (folder / "two" / "train.tsv").write_text((folder / "two.csv").read_text().replace(",", "\t"))
-    shutil.copy(folder / "two" / "train.tsv", folder / "two" / "dev.tsv")
-    (folder / "one.csv").write_text("text,label\n" + "a,x\nb,x\n" * 3)
-    (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
-    (folder / "none.csv").write_text("text,label\nthe film,\nis it,\n")
-    (folder / "empty.csv").write_text("")
-    (folder / "latin.csv").write_bytes(b"text,label\ncaf\xe9,x\n")
-    (folder / "cells.csv").write_text("text,label\na,b,x\n")
-    os.mkfifo(folder / "pipe.csv")
+    for name in ("train.tsv", "dev.tsv"):
+        (folder / "two" / name).write_text("sentence1\tsentence2\tlabel\na\tit\tx\na\tto\ty\n")
+    (folder / "own.csv").write_text("text,label\nthe film,a\nis it,b\n")
     for name, called in {"sweet": "run", "bag": "bag", "ee": "ee"}.items():
         shutil.copytree(run_of(name), folder / called)
-    ignored = shutil.ignore_patterns("operating.json", "evaluation.json")
-    shutil.copytree(run_of("ee"), folder / "bare", ignore=ignored)
-    shutil.copytree(run_of("bag"), folder / "no-point", ignore=ignored)
+    shutil.copytree(run_of("ee"), folder / "bare", ignore=shutil.ignore_patterns("evaluation.json"))
     for called, name, change in (("old", "run.json", {"dev_rows": ...}), ("other", "evaluation.json", {"examples": 3})):
         path = shutil.copytree(run_of("ee"), folder / called) / name
         content = read_json(path) | change
         write_json(path, {key: value for key, value in content.items() if value is not ...})
-    write_rows(folder / "own.csv", [(text, "ab"[label == "up"]) for text, label in opinions(32)], "text", "label")
     return folder
 
 
-@pytest.mark.parametrize(("command", "words", "expected"), REFUSALS, ids=[f"{row[0]}: {row[2]}" for row in REFUSALS])
-def test_bad_input_is_one_line_and_status_2(place, capsys, command, words, expected):
+def ids(rows: list[tuple[str, str, str]]) -> list[str]:
+    """The names of rows."""
+    return [f"{command}: {expected}" for command, _, expected in rows]
+
+
+def check_refusal(place: Path, capsys, command: str, words: str, expected: str) -> None:
+    """Run a command in a folder: status 2, one line, and no file is new."""
     before = sorted(place.rglob("*"))
     with in_folder(place):
         status = run(command_of(MODULES[command]), *shlex.split(words))
@@ -128,3 +85,8 @@ def test_bad_input_is_one_line_and_status_2(place, capsys, command, words, expec
     assert expected in line
     assert len(told) <= 3 * (command == "fit")
     assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("row", REFUSALS, ids=ids(REFUSALS))
+def test_bad_input_is_one_line_and_status_2(place, capsys, row):
+    check_refusal(place, capsys, *row)

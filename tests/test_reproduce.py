@@ -59,41 +59,27 @@ def fake_run(folder: Path, options: dict, area: float) -> None:
 
 
 @pytest.mark.slow
-def test_scripts_are_started_as_they_are_typed_and_what_is_there_is_not_made_again(grid, monkeypatch):
-    """Of the clone, in processes of their own."""
+def test_what_is_printed_runs_in_parallel_and_what_is_there_is_not_made_again(grid, monkeypatch):
+    """Two jobs at a time, of the clone's scripts; the call after them only reports."""
     monkeypatch.setattr(reproduce, "FURTHER", 0)  # 32 rows teach nothing
     words = ["--methods", "ee,sweet", "--seeds", "0", "--lrs", "1e-3", "--exit-strategy", "lte", "--amp", "off"]
+    Path("grid.txt").write_text(grid(*words, "--print")[1])
+    assert os.system("xargs -a grid.txt -P 2 -d '\\n' -n 1 bash -c") == 0
     status, out, err, started = grid(*words)
-    assert (status, "of 2 runs" in out) == (0, True), err
-    assert started == ["train.py", "evaluate.py"] * 2
+    assert (status, started, "of 2 runs" in out) == (0, [], True), err
     (folder,) = (OUT / "runs").glob("*sweet*")
     assert folder.name.startswith("tiny-sweet-toy-lr0.001-seed0-")  # and then the other options
-    record = json.loads((folder / "run.json").read_text())
+    record, found = (json.loads((folder / name).read_text()) for name in ("run.json", "evaluation.json"))
     wanted = {"exit_strategy": "lte", "exit_layers": [1, 4], "amp": "off", "lr": 1e-3, "seed": 0, "train_size": 32}
     assert record | wanted == record
     runs = read_runs(OUT / "results.csv")
     assert [run[:7] for run in runs] == [("tiny", "toy", name, "lte", 32, 1e-3, 0) for name in ("ee", "sweet")]
-    found = json.loads((folder / "evaluation.json").read_text())
     assert runs[1].exits[4] == (pytest.approx(found["exit_scores"][1], abs=1e-4), found["exit_answers"][1])
     assert runs[1].area == pytest.approx(found["area"], abs=1e-4)
     assert {path.name for path in OUT.iterdir()} == {"runs", "results.csv", "results.md", "curves.png"}
     (folder / "evaluation.json").write_text(json.dumps(found | {"id": "of other weights"}))
     assert grid(*words)[3] == ["evaluate.py"]
-    assert (grid(*words)[0], grid(*words)[3]) == (0, [])
     assert grid(*words, "--max-length", 16)[3] == ["train.py", "evaluate.py"] * 2  # other options are other runs
-
-
-@pytest.mark.slow
-def test_what_is_printed_runs_in_parallel(grid, monkeypatch):
-    """Two jobs at a time; the call after them only reports."""
-    monkeypatch.setattr(reproduce, "FURTHER", 0)
-    words = ["--methods", "ee,mm", "--seeds", "0", "--lrs", "1e-3,2e-3", "--amp", "off"]
-    commands = grid(*words, "--print")[1].splitlines()
-    assert len(commands) == 4
-    Path("grid.txt").write_text("\n".join(commands))
-    assert os.system("xargs -a grid.txt -P 2 -d '\\n' -n 1 bash -c") == 0
-    status, out, err, started = grid(*words)
-    assert (status, started, "of 4 runs" in out) == (0, [], True), err
 
 
 def test_the_search_comes_first_and_runs_that_do_not_converge_are_repeated(grid, monkeypatch):
@@ -150,12 +136,8 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(grid, monkeypatch):
     assert (status, "of 1 runs" in out) == (0, True)
     status, _, err, _ = grid("--methods", "ee", "--seeds", "0", "--lrs", "1e-3")  # none has a score
     assert (status, "all runs failed, see their messages above" in err) == (2, True)
-
-
-def test_without_a_clone_it_is_one_line(grid, monkeypatch, tmp_path):
-    monkeypatch.setattr(reproduce, "CLONE", tmp_path)
-    status, _, err, started = grid()
-    assert (status, err.count("\n"), "not a clone of the repository" in err, started) == (2, 1, True, [])
+    monkeypatch.setattr(reproduce, "CLONE", OUT)
+    assert "not a clone of the repository" in grid()[2]
 
 
 def test_a_curve_is_interpolated_at_the_shares_that_it_reaches(tmp_path):
@@ -169,16 +151,15 @@ def test_a_curve_is_interpolated_at_the_shares_that_it_reaches(tmp_path):
 def test_tables_pair_seeds_and_mark_exits_of_one_answer(tmp_path):
     fake_run(tmp_path / "run", {"method": "ee", "lr": 5e-5, "seed": 0}, 60.0)
 
-    def made(task: str, method: str, seed: int, *exits: tuple[float, int], shares=(), layers=(1, 4)) -> Run:
-        """A run with exits after some layers, and a curve."""
-        curve = {Fraction(share): score for share, score in shares}
-        key, scores = {"task": task, "method": method, "seed": seed}, dict(zip(layers, exits, strict=True))
-        return run_of(tmp_path / "run")._replace(exits=scores, shares=curve, **key)
+    def made(task: str, method: str, seed: int, *exits: tuple[float, int], at_1: dict | None = None) -> Run:
+        """A run with exits after layers 1 and 4, and perhaps a score at all layers."""
+        key, scores = {"task": task, "method": method, "seed": seed}, dict(zip((1, 4), exits, strict=True))
+        return run_of(tmp_path / "run")._replace(exits=scores, shares=at_1 or {}, **key)
 
     runs = {("sst2", "ee"): {n: made("sst2", "ee", n, (50.0, 1), (80.0, 2)) for n in range(3)}}
     runs["sst2", "sweet"] = {n: made("sst2", "sweet", n, (70.0 + n, 2), (79.0, 2)) for n in range(3)}
-    runs["rte", "ee"] = {n: made("rte", "ee", n, (50.0, 1), (68 - 8 * n, 2), shares=[("1", 60.0)]) for n in (0, 1)}
-    runs["rte", "sweet"] = {1: made("rte", "sweet", 1, (50.0, 1), (60.0, 2), shares=[("1", 50.0)])}
+    runs["rte", "ee"] = {n: made("rte", "ee", n, (50.0, 1), (68 - 8 * n, 2), at_1={Fraction(1): 60.0}) for n in (0, 1)}
+    runs["rte", "sweet"] = {1: made("rte", "sweet", 1, (50.0, 1), (60.0, 2), at_1={Fraction(1): 50.0})}
     text = tables(runs, ["sst2", "rte"], ["ee", "sweet"])
     for line in (
         "| SST-2 | 5e-5: 60.0 ±0.0 | 5e-5: 60.0 ±0.0 |",
@@ -191,6 +172,3 @@ def test_tables_pair_seeds_and_mark_exits_of_one_answer(tmp_path):
     assert "|  | 1/12 | 1/4 | 1/2 | 3/4 | 1 |" in text
     failed, spare = made("rte", "ee", 2, (50.0, 1), (50.0, 1)), made("rte", "ee", 3, (50.0, 1), (60.0, 2))
     assert counted([failed, spare], range(3)) == {2: spare}  # not of seed 0, which was not run
-    large = made("sst2", "ee", 0, (70.0, 2), (80.0, 2), shares=[("1/24", 70.0)], layers=(1, 24))
-    text = tables({("sst2", "ee"): {0: large}}, ["sst2"], ["ee"])
-    assert "|  | 1/24 | 1/4 | 1/2 | 3/4 | 1 |\n|---|---|---|---|---|---|\n| SST-2, EE | 70.0 |" in text

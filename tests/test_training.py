@@ -27,7 +27,7 @@ def test_each_step_draws_dropout_anew(tmp_path):
     settings = {"epochs": 2, "batch_size": 8, "lr": 1e-12}
     first, second = fine_tune(model, examples, **settings)
     assert first != pytest.approx(second)
-    assert fine_tune(model, examples, **settings) == pytest.approx(np.array([first, second]))
+    assert fine_tune(model.eval(), examples, **settings) == pytest.approx(np.array([first, second]))
     assert fine_tune(model, examples, **settings, seed=1) != pytest.approx(np.array([first, second]))
 
 
@@ -115,6 +115,8 @@ def test_a_training_that_diverges_is_one_line_and_leaves_what_was_there(command,
     status, _, err = command(train, *options)
     message = "train.py: error: --lr: at 1e+30 the loss became infinite or NaN at step 2; try a lower one\n"
     assert (status, err.splitlines(True)[-1], Path("a").exists()) == (2, message, False)
+    one_step = "--train-size", 16, "--epochs", 1, "--lr", "1e39"  # no loss sees the last update
+    assert "the weights became infinite or NaN at step 1; try a lower" in command(train, *options, *one_step)[2]
     assert command(train, *quick(model, "--out", "a", "--overwrite"))[0] == 0
     assert command(train, *options, "--overwrite")[0] == 2
     assert read_run(Path("a")).lr != 1e30
