@@ -1,8 +1,8 @@
 """Two ways to run the exits on texts: all of them, for an evaluation; and live early exit, as in deployment.
 
 An exit's answer does not depend on which other texts have left, so the answers of all exits determine, for every
-threshold, who leaves where. Live early exit decides alike, except where a confidence is within rounding error of the
-threshold: 1e-6 in float32, 1e-2 in bfloat16.
+threshold, who leaves where. With equal temperatures live early exit decides alike (tests/test_paper.py), except where a
+confidence is within rounding error of the threshold: 1e-6 in float32, 1e-2 in bfloat16.
 
 Dimension letters: B texts, T tokens, K exits, C classes, N texts in all, R texts of a batch that have not left.
 """

@@ -62,7 +62,7 @@ def ours(run: str, threshold: float | None) -> Step:
 
 
 def theirs(folder: str, classes: int, words: str) -> Step:
-    """The full model by `transformers`."""
+    """Full depth by `transformers`."""
     import transformers
 
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes).eval()
@@ -78,7 +78,7 @@ def theirs(folder: str, classes: int, words: str) -> Step:
 
 
 def by_onnx(file: str, tokenizer: str, threshold: float | None) -> Step:
-    """An ONNX file, ours or the exported full model, by ONNX Runtime."""
+    """An ONNX file, ours or the exported model, by ONNX Runtime."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
