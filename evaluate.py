@@ -6,7 +6,7 @@
     python evaluate.py runs/NAME --predict new.tsv --threshold 0.9
 
 One forward pass over all validation rows gives the answers of every exit, which determine the decisions at all
-thresholds. No threshold is chosen, and temperatures are cross-fitted on the same rows (minisweet/confidence.py).
+thresholds. Each fifth of the rows is scored with temperatures of the other four (minisweet/confidence.py).
 Prints the scores and the curve, and writes evaluation.json, curve.png and logits.safetensors (to try other criteria)
 into the run folder.
 
@@ -185,7 +185,7 @@ def main() -> None:
     option = parser.add_argument
     option("runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: the newest under runs/)")
     option("--plot", type=path_to(".png"), metavar="PNG", help="draw the curves of evaluated runs in one picture")
-    about = "how many, from the lowest confidence (1/classes; lte: 0) to 1 (default: 11)"
+    about = "how many, from the criterion's lowest confidence to 1 (default: 11)"
     option("--thresholds", type=number(int, 2, 10001), help=about)
     option("--criterion", choices=CRITERIA, help="what the confidence is (default: the run's --exit-strategy)")
     option("--predict", type=Path, metavar="TSV", help="new texts to answer, in the columns of the task's files")

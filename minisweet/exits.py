@@ -86,8 +86,8 @@ class MultiExitModel(nn.Module):
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     """What an exit reads of hidden states (B, T, D) with a mask (B, T): a vector (B, D).
 
-    "cls" is the state of the first token, [CLS], as in the authors' code: for BERT and DeBERTa. "mean" is the mean over
-    the tokens of the mask, in float32: for MiniLM and MPNet, sentence encoders trained to output it.
+    "cls" is the state of the first token, [CLS], as in the authors' code. "mean" is the mean over the
+    tokens of the mask, in float32, for encoders that were trained to output it (`read_pooling` in loading.py).
     """
     if pooling == "cls":
         return hidden[:, 0]
