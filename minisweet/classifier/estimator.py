@@ -137,7 +137,7 @@ class EarlyExitClassifier:
     ) -> "EarlyExitClassifier":
         """Train on texts X (N) and labels y (N), and choose what to deploy. Returns the classifier itself.
 
-        `unlabelled` are more texts. Exit 0 learns from them, and so does the model if they outnumber the labelled ones.
+        `unlabelled` are more texts. The bag of words learns from them, and if they outnumber the labelled ones the model.
         `validation` is (texts, labels) to validate on, instead of rows of X; each text counts by itself.
         `groups` (N) says what a row belongs to, such as a thread or a document, whose rows stay together; None is a row
         by itself. `unlabelled_groups` does so for `unlabelled`. With a `trunk`, X and y may be None. Until the new
@@ -243,7 +243,7 @@ class EarlyExitClassifier:
         return answers_of(logits, cascade.rule, texts.labels, texts.keys), told
 
     def explain(self, texts: Iterable[str]) -> list[list[tuple[Answer, bool]]]:
-        """Each exit's answer to each text, with exit 0's main words, and whether the text may leave."""
+        """Both answers to each text, with the bag of words' main words, and whether the text may leave."""
         cascade = self.cascade
         return [explain(cascade, text) for text in texts_of(texts).first]
 
