@@ -137,7 +137,7 @@ class EarlyExitClassifier:
     ) -> "EarlyExitClassifier":
         """Train on texts X (N) and labels y (N), and choose what to deploy. Returns the classifier itself.
 
-        `unlabelled` are more texts. The bag of words learns from them and, if they outnumber the labelled ones, the model.
+        `unlabelled` are more texts. The bag of words learns from them; the model, too, if they outnumber labelled ones.
         `validation` is (texts, labels) to validate on, instead of rows of X; each text counts by itself.
         `groups` (N) says what a row belongs to, such as a thread or a document, whose rows stay together; None is a row
         by itself. `unlabelled_groups` does so for `unlabelled`. With a `trunk`, X and y may be None. Until the new
