@@ -101,8 +101,6 @@ def evaluate(
     print(f"{folder}: {run.model}, {run.method}, {run.task}, {N:,} validation rows")
     print_curve(evaluation)
     draw_curves(folder / CURVE, {str(folder): evaluation})
-    next_step = f"python evaluate.py {quote(str(folder))} --predict FILE.tsv --threshold 0.9"
-    print(f"\nwritten to {folder / EVALUATION}; to answer new texts: {next_step}", flush=True)
 
 
 def write_logits(path: Path, answers: list[Answer], texts: Texts, run_id: str) -> None:
@@ -116,7 +114,7 @@ def write_logits(path: Path, answers: list[Answer], texts: Texts, run_id: str) -
 
 
 def predict(folder: Path, file: Path, threshold: float, device: str = "auto", amp: str = "auto") -> None:
-    """Answer the texts of a file by live early exit: the evaluation's criterion and precision, fitted on all its rows.
+    """Answer the texts of a file by live early exit, with the evaluation's precision, criterion and `fitted`.
 
     Prints a line for each text, in order: label, confidence and exit layer. Raises InputError for a file without the
     task's columns, for a line with too many or too few cells, and for another precision.
@@ -211,6 +209,8 @@ def main() -> None:
         predict(runs[0], args.predict, args.threshold, args.device, args.amp)
     else:
         evaluate(runs[0], args.thresholds or 11, args.criterion, args.data_dir, args.device, args.amp)
+        next_step = f"python evaluate.py {quote(str(runs[0]))} --predict FILE.tsv --threshold 0.9"
+        print(f"\nwritten to {runs[0] / EVALUATION}; to answer new texts: {next_step}")
 
 
 if __name__ == "__main__":

@@ -115,10 +115,7 @@ def train(args: Namespace) -> Path:
         raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {args.task}, need 2")
     counts = len(texts), len(order), args.max_length, texts.is_cut.sum(), len(dev.first)
     LOG.info("%s: %d of %d rows to train on (cut to %d tokens: %d), %d to validate", args.task, *counts)
-    exits, depth = ",".join(map(str, args.exit_layers)), config.num_hidden_layers
-    LOG.info("%s, %s, exits after layers %s of %d", METHODS[args.method], args.model, exits, depth)
-    where = device_name(device), precision or torch.float32
-    LOG.info("lr %g, epochs %d, seed %d, %s, %s", args.lr, args.epochs, args.seed, *where)
+    announce(args, config.num_hidden_layers, device, precision)
 
     # 4. Training.
     start, losses = time.perf_counter(), []
@@ -146,6 +143,14 @@ def train(args: Namespace) -> Path:
     )
     save_run(out, run, models, config, tokenizer, args.overwrite)
     return out
+
+
+def announce(args: Namespace, depth: int, device: torch.device, precision: torch.dtype | None) -> None:
+    """Say how and where a model is about to be trained."""
+    exits = ",".join(map(str, args.exit_layers))
+    LOG.info("%s, %s, exits after layers %s of %d", METHODS[args.method], args.model, exits, depth)
+    where = device_name(device), precision or torch.float32
+    LOG.info("lr %g, epochs %d, seed %d, %s, %s", args.lr, args.epochs, args.seed, *where)
 
 
 def main() -> None:

@@ -60,6 +60,14 @@ def test_commands(own_run, run_of, tmp_path, command):
     assert data["point"]["goal"] == {"max_lost": 3.0, "sure": 90.0}
 
 
+def test_what_judges_without_a_label_state_is_agreement(tmp_path):
+    """Even if other validation rows have labels."""
+    case = Case()
+    case.point = replace(case.point, majority=None)
+    data = data_of(case.write(tmp_path / "page.html"))
+    assert (data["point"]["metric"], data["metric"]) == ("agreement with full depth", "accuracy")
+
+
 def data_of(page: Path) -> dict:
     """What stands in a page."""
     block = (

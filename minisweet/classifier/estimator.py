@@ -181,15 +181,12 @@ class EarlyExitClassifier:
 
     def _deploy(self, record: Namespace, cascade: Cascade, validation: Validation, options: Namespace) -> None:
         """Choose a threshold for a goal, and replace the cascade."""
-        (texts, roles, logits), precision = validation, str(cascade.precision or torch.float32)
+        texts, roles, logits = validation
         goal, combines = Goal(max_lost=options.max_lost, sure=options.sure), record.arguments["trunk"] is None
         point = choose(logits, texts.labels, texts.keys, roles, goal, combines)
-        cascade, point = replace(cascade, rule=point.rule, threshold=point.threshold), replace(point, id=record.id)
-        self._deployed, self.record, self.validation = (
-            (cascade, replace(point, precision=precision)),
-            record,
-            validation,
-        )
+        point = replace(point, id=record.id, precision=str(cascade.precision or torch.float32))
+        cascade = replace(cascade, rule=point.rule, threshold=point.threshold)
+        self._deployed, self.record, self.validation = (cascade, point), record, validation
 
     @property
     def deployed(self) -> tuple[Cascade, OperatingPoint]:

@@ -96,7 +96,6 @@ def write_page(path: Path, cascade: Cascade, point: OperatingPoint, record: Name
     classes = np.stack([answers.early, answers.full])  # (2, N)
     rows = range(min(MOST_ROWS, len(texts)))
     words = (word_scores(cascade, texts, row) for row in progress(rows, desc="exit 0", unit="text"))
-    metric = "accuracy" if has_labels else "agreement with full depth"
     data: dict[str, Any] = {
         "scores": (100 * (answers.decide_at(thresholds) == right).mean(1)).tolist(),
         "speedup_ratios": answers.stay_at(thresholds).mean(1).tolist(),
@@ -107,8 +106,8 @@ def write_page(path: Path, cascade: Cascade, point: OperatingPoint, record: Name
         "model": Path(record.arguments["trunk"] or record.arguments["model"]).name,
         "thresholds": thresholds,
         "lowest": lowest,
-        "point": asdict(point) | {"promise": report.what_is_promised(point), "metric": metric},
-        "metric": metric,
+        "point": asdict(point) | {"promise": report.what_is_promised(point), "metric": report.metric_of(point)},
+        "metric": "accuracy" if has_labels else "agreement with full depth",
         "sentences": texts.examples.first,
         "predictions": classes.tolist(),
         "confidences": [[float(f"{sure:.9g}") for sure in row] for row in (answers.confidence.tolist(), full.tolist())],

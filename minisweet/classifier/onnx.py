@@ -194,8 +194,8 @@ def export_onnx(
     answer, and more than 0.1% of them, differ from the model's.
     """
     model, bag = copy.deepcopy((cascade.model, cascade.bag))  # which go on answering on their device
-    cascade = replace(cascade, model=model.cpu(), bag=bag.cpu(), threshold=point.threshold)
-    cascade, texts = replace(cascade, device=torch.device("cpu"), precision=None), validation.texts
+    cascade = replace(cascade, model=model.cpu(), bag=bag.cpu(), device=torch.device("cpu"), precision=None)
+    cascade, texts = replace(cascade, threshold=point.threshold), validation.texts
     judging = np.flatnonzero(validation.roles == JUDGES)
     tried = texts.take(judging if len(judging) else np.arange(len(texts)))
     with written_beside(out, overwrite=False) as new:

@@ -173,11 +173,8 @@ def choose(
     point |= {"exit_0": alone["score"], "exit_0_interval": alone["score_interval"], "labelled_judges": a}
     if (judges.decide_at([threshold])[0] != judges.full)[~judges.is_labelled].any():
         point["lost_interval"][0] = 0.0  # full depth may be wrong there
-    point |= {
-        "temperatures": list(rule[:2]),
-        "weights": [0.0, rule[2]],
-        "choosing_texts": len(np.unique(choosers.keys)),
-    }
+    point |= {"temperatures": list(rule[:2]), "weights": [0.0, rule[2]]}
+    point["choosing_texts"] = len(np.unique(choosers.keys))
     return OperatingPoint(threshold=threshold, goal=goal, **point)
 
 
@@ -189,6 +186,7 @@ def measure(threshold: float, judges: Answers) -> dict[str, Any]:
     has_labels, rows = judges.is_labelled.any(), judges.scored()
     decided = rows.decide_at([threshold])[0]
     per_class = classification_report(decided, rows.labels, rows.num_labels)
+    f1 = np.array(per_class["f1"])[np.union1d(decided, rows.labels)]  # as scikit-learn has it
     point = {
         "judging_texts": len(lost),
         "lost": 100 * float(lost.mean()),
@@ -196,9 +194,7 @@ def measure(threshold: float, judges: Answers) -> dict[str, Any]:
         "share": float(sent.mean()),
         "share_interval": [1.0, 1.0] if never else [end / 100 for end in wilson(sent)],
         "per_class": per_class,
-        "macro_f1": float(
-            np.mean(np.array(per_class["f1"])[np.union1d(decided, rows.labels)])
-        ),  # as scikit-learn has it
+        "macro_f1": float(np.mean(f1)),
         "majority": 100 * float(np.bincount(rows.labels).max()) / len(rows.labels) if has_labels else None,
     }
     for name, answers in (("score", decided), ("full_depth", rows.full)):

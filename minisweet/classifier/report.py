@@ -57,12 +57,10 @@ def rows_needed(goal: Goal, are_labelled: bool, record: Namespace) -> str:
     units = [ceil(ceil(n * split.CHOOSING / (split.CHOOSING - 1)) / share) for n in promise.texts_needed(goal)]
     kind, per_unit = "labelled rows" if are_labelled else "rows without a label", record.rows_per_unit[not are_labelled]
     has_groups, rows = record.training_groups + record.validation_groups, [ceil(n * per_unit) for n in units]
-    one, two, three = units if has_groups else rows
-    words = (
-        f"it takes about {one:,} {'groups of ' if has_groups else ''}{kind} if none is lost, {two:,} if one is, and "
-    )
+    (one, *others), kind = (units, f"groups of {kind}") if has_groups else (rows, kind)
+    words = "it takes about {:,} {} if none is lost, {:,} if one is, and {:,} if two are".format(one, kind, *others)
     in_rows = " (at {:.1f} rows a group, as here: {:,}, {:,} and {:,} rows)".format(per_unit, *rows)
-    return f"{words}{three:,} if two are{in_rows if has_groups else ''}"
+    return words + in_rows * bool(has_groups)
 
 
 def promise_of(cascade: Cascade, point: OperatingPoint, record: Namespace) -> str:
@@ -95,10 +93,14 @@ def what_is_promised(point: OperatingPoint) -> str:
     return words
 
 
+def metric_of(point: OperatingPoint) -> str:
+    """What the scores of an operating point are: those of its judges, who may lack labels that other rows have."""
+    return "agreement with full depth" if point.majority is None else "accuracy"
+
+
 def summary(cascade: Cascade, point: OperatingPoint, record: Namespace) -> list[str]:
     """Lines on the bag of words, early exit and full depth: scores, warnings, who judges, advice, what is promised."""
-    metric = "agreement with full depth" if point.majority is None else "accuracy"
-    lines = [f"{f'on new texts, {metric}':<42}{'in percent':>12}   95% interval   share of the layers"]
+    lines = [f"{f'on new texts, {metric_of(point)}':<42}{'in percent':>12}   95% interval   share of the layers"]
     for name, score, interval, share in (
         ("a bag of words alone (exit 0)", point.exit_0, point.exit_0_interval, 0.0),
         ("deployed", point.score, point.score_interval, point.share),

@@ -142,15 +142,16 @@ def read_texts(path: Path, column: str, label_column: str | None = None, group_c
         if named is not None:
             find_column(option, path, named)
     for line, row in read_rows(path):
-        text = cell(path, line, row, column)
-        try:
-            label, group = (None if name is None else name_of(row.get(name)) for name in (label_column, group_column))
-        except ValueError as error:
-            raise InputError(f"{path}, line {line}: {error}") from None
+        text, names = cell(path, line, row, column), []
+        for named in (label_column, group_column):
+            try:
+                names.append(None if named is None else name_of(row.get(named)))
+            except ValueError as error:
+                raise InputError(f"{path}, line {line}: {named!r:.60}: {error}") from None
         if text.strip():
             texts.append(text)
-            labels.append(label)
-            groups.append(group)
+            labels.append(names[0])
+            groups.append(names[1])
         else:
             empty += 1
     if not texts:

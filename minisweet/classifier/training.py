@@ -62,6 +62,7 @@ DEPLOYMENT = {"threshold": None, "batch_size": 32, "device": "auto", "amp": "aut
 OF_LISTS = {"text_column": "text", "label_column": "label", "group_column": "group"}  # where a run of lists reads files
 BY_DEFAULT_NONE = ("lr", "epochs", "batch_size", "max_length", "threshold")
 BESIDE_TRUNK = "cannot stand beside a trunk: nothing but the bag of words is trained then"
+DIVERGED = "at {:g} the loss became infinite or NaN at step {}; try a lower one"
 
 
 def check_options(**given: Any) -> Namespace:
@@ -220,7 +221,7 @@ def fine_tune(
     """Train all parameters of a model on labels (N,) or probabilities (N, C). Returns the loss of each step.
 
     The learning rate decays linearly to zero. The model is moved to the device, and back to the CPU at the end. Raises
-    InputError if a loss is infinite or NaN.
+    InputError if a loss, or a trained parameter, is infinite or NaN.
     """
     device, rate, of_row, losses = options.place, options.lr, torch.from_numpy(targets), list[float]()
     precision, steps = (
@@ -248,13 +249,14 @@ def fine_tune(
                 scaler.update()
                 losses.append(round(loss.item(), 5))
                 if not np.isfinite(losses[-1]):
-                    why = f"at {rate:g} the loss became infinite or NaN at step {len(losses)}; try a lower one"
-                    raise InputError(why, "lr")
+                    raise InputError(DIVERGED.format(rate, len(losses)), "lr")
                 bar.set_postfix_str(f"loss {losses[-1]:.2f}", refresh=False)
                 bar.update()
             if bar.disable:  # in a log a line per epoch stands for the bar
                 left = (time.perf_counter() - started) / 60 * (epochs / (epoch + 1) - 1)
                 mean = np.mean(losses[len(losses) * epoch // (epoch + 1) :])
                 LOG.info("%s: epoch %d of %d, loss %.3f, %.1f minutes left", title, epoch + 1, epochs, mean, left)
+        if not all(part.isfinite().all() for part in parameters):  # the last update, which no loss has seen
+            raise InputError(DIVERGED.format(rate, steps), "lr")
     model.cpu()
     return losses
