@@ -210,12 +210,12 @@ def exits(runs: list[Run], model: str) -> list[list[str]]:
         of_task = [list(chosen.get((task, method), {}).values()) for method in METHODS]
         scores = [report.row_of(chosen, [task], method, LAYERS[model]) for method in METHODS]
         means = [[re.sub(r" ±[\d.]+", "", text) or "–" for text in texts] for texts in scores]
-        tuned = " / ".join(rate_text(some[0].rate) if some else "–" for some in of_task)
+        tuned = "/".join(rate_text(some[0].rate) if some else "–" for some in of_task)
         areas = [{run.rate: f"{run.area:.1f}" for run in found[task, way] if run.seed == 0} for way in METHODS]
         rates = sorted(set().union(*areas))
-        by_rate = [f"{rate_text(n)}: {' / '.join(of_way.get(n, '–') for of_way in areas)}" for n in rates]
+        by_rate = [f"{rate_text(n)}: {'/'.join(of_way.get(n, '–') for of_way in areas)}" for n in rates]
         name = f"{LAYERS[model][-1]}: {named(task)} ({of_task[0][0].constant:.1f})"
-        rows.append([name, tuned, *map(" / ".join, zip(*means, strict=True)), ", ".join(by_rate)])
+        rows.append([name, tuned, *map("/".join, zip(*means, strict=True)), ", ".join(by_rate)])
     return rows
 
 
@@ -293,7 +293,8 @@ def by_rows() -> dict[str, str]:
         means = {way: values("score", key, way).mean() for way in RIVALS if len(values("score", key, way))}
         best = max(means, key=means.__getitem__)
         lead = cells(values("score", key, "deployed") - values("score", key, best), sign="+")[0]
-        texts = [f"{best} {both(key, best)}", both(key, "full depth"), both(key, "deployed")]
+        rival = both(key, best) + f" ({best})" * (best != RIVALS[2])
+        texts = [rival, both(key, "full depth"), both(key, "deployed")]
         main.append([name, *texts, show("share", key, "deployed").partition(" ")[0], lead])
         outcome = [show(column, key, "deployed") for column in ("lost", "share", "ece")]
         sure, gap = values("confidence", key, "deployed"), ""
