@@ -121,7 +121,7 @@ def train(args: Namespace) -> Path:
     start, losses = time.perf_counter(), []
     settings = {name: getattr(args, name) for name in ("epochs", "batch_size", "lr", "seed")}
     for model in models:
-        with used_rows(model.encoder.word_embeddings, texts) as few:  # for speed: `few` has new ids
+        with used_rows(model.encoder.word_embeddings, texts) as few:  # for speed alone: the same texts, renumbered
             losses.append(fine_tune(model, few, **settings, device=device, precision=precision))
 
     # 5. Save.

@@ -6,13 +6,12 @@ Every tensor of a checkpoint is either loaded, or dropped on purpose and by name
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
 from minisweet import fast
 from minisweet.base.files import InputError
-from minisweet.config import Config
+from minisweet.config import Config, Pooling
 from minisweet.exits import MultiExitModel, build_models
 from minisweet.layers import TransformerEncoder
 from minisweet.loading import load_strict, new_encoder, open_weights, read_config
@@ -62,14 +61,14 @@ def public_name(name: str, model_type: str) -> str:
 
 
 def load_encoder(
-    folder: str | Path, num_layers: int | None = None, pooling: Literal["cls", "mean"] | None = None
+    folder: str | Path, num_layers: int | None = None, pooling: Pooling | None = None
 ) -> TransformerEncoder:
     """Load the encoder (BERT, DeBERTa or MPNet) of a folder in the Hugging Face layout.
 
     It has the first `num_layers` layers (default: all), and is in float32 and in evaluation mode. Its exits will read
-    what `pooling` says ("cls" or "mean"; default: what the checkpoint was trained to give). Its `pooler_start` is the
-    state dict of the checkpoint's pooler, from which exit heads start, or None. Raises InputError if there are fewer
-    layers, or if a file is missing, unreadable, not implemented, or does not fit the others.
+    `pooling` (default: what the checkpoint was trained to give). Its `pooler_start` is the state dict of the
+    checkpoint's pooler, from which exit heads start, or None. Raises InputError if there are fewer layers, or if a
+    file is missing, unreadable, not implemented, or does not fit the others.
     """
     return load_layers(Path(folder), read_config(folder, pooling), num_layers)
 

@@ -4,7 +4,10 @@ A value that a `Literal` does not list is refused, because ignoring it would sil
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
+
+Pooling = Literal["cls", "mean"]  # what exits read; another one is a name here and a case of `pool` in exits.py
+POOLINGS = get_args(Pooling)
 
 
 def size(low: int = 1, high: int = 10**6) -> Any:
@@ -34,7 +37,7 @@ class Config:
     initializer_range: float = share(0.02)
     hidden_act: Literal["gelu"] = "gelu"
     is_decoder: Literal[False] = False
-    pooling: Literal["cls", "mean"] = "cls"  # what exits read: see `pool` in exits.py
+    pooling: Pooling = "cls"
     first_position: ClassVar[int] = 0
     model_type: ClassVar[str]
 

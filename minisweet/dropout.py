@@ -14,13 +14,9 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero each element of `x` (...) with probability p, and scale the others by 1/(1-p)."""
-        if not self.training or self.p == 0:
-            return x
-        if x.device.type != "cpu":
-            return super().forward(x)
         dropped = round(self.p * 65536)  # of the 65,536 values that 16 bits have
-        if dropped == 65536:
-            return x * 0
+        if not self.training or dropped in (0, 65536) or x.device.type != "cpu":
+            return super().forward(x)
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
         kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
         return x * (kept.to(x.dtype) * (65536 / (65536 - dropped)))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minisweet.config import POOLINGS
 from minisweet.dropout import Dropout
 from minisweet.layers import TransformerEncoder, checked_inputs, draw_weights
 
@@ -185,7 +186,7 @@ def check_exits(exit_layers: Sequence[int], depth: int, method: str, exit_strate
     layers = list(exit_layers)
     if not layers or layers != [n for n in range(1, depth + 1) if n in layers]:
         raise ValueError(f"exit_layers is {layers}, and must be increasing layers in 1 to {depth}")
-    for value, known in ((method, METHODS), (exit_strategy, HEADS), (pooling, ("cls", "mean"))):
+    for value, known in ((method, METHODS), (exit_strategy, HEADS), (pooling, POOLINGS)):
         if value not in known:
             raise ValueError(f"{value!r} is none of {', '.join(known)}")
 
@@ -194,5 +195,4 @@ HEADS = {"confidence": ExitHead, "lte": LearningToExitHead}  # by the exit strat
 
 # Where this departs from the authors' code: there all exits share a pooler, and the gradients of all exits reach
 # DeBERTa's table of relative positions. Here each exit has its own pooler and, in SWEET, the first exit alone updates
-# the table, so that each parameter is updated by exactly one classifier, as the paper says. As in their code, the
-# gradients of all exits are clipped together: a large one scales down the others but keeps their direction.
+# the table, so that exactly one classifier updates each parameter, as the paper says.

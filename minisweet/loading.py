@@ -15,7 +15,7 @@ from torch import nn
 
 from minisweet.base.files import InputError, preview, read_dataclass, read_json, regular_file, written_beside
 from minisweet.bert import BertEncoder
-from minisweet.config import BertConfig, Config, DebertaConfig, MPNetConfig
+from minisweet.config import POOLINGS, BertConfig, Config, DebertaConfig, MPNetConfig
 from minisweet.deberta import DebertaEncoder
 from minisweet.layers import TransformerEncoder
 from minisweet.mpnet import MPNetEncoder
@@ -62,7 +62,7 @@ def read_pooling(folder: Path) -> str:
     # One mode or several; before version 6 of sentence-transformers each had a key of its own, which was true or false.
     found = content.get("pooling_mode", [name for name, value in content.items() if value is True and OLD in name])
     modes = [found] if isinstance(found, str) else found
-    for name in ("cls", "mean"):
+    for name in POOLINGS:
         if modes in ([name], [f"{OLD}{name}_token"], [f"{OLD}{name}_tokens"]):
             return name
     raise InputError(f"{path}: the model was trained to give {modes!r:.80}; exits should read cls or mean", "pooling")

@@ -5,6 +5,7 @@ from pathlib import Path
 from minisweet.base.commands import Parser, list_of, number
 from minisweet.base.devices import AMP_CHOICES, AMP_HELP
 from minisweet.checkpoint import REPOSITORIES
+from minisweet.config import POOLINGS
 from minisweet.exits import HEADS
 from minisweet.hub import home
 
@@ -14,9 +15,9 @@ WHERE = ("data_dir", "device")  # these two do not change what is trained
 
 def add_training_options(parser: Parser) -> None:
     """Add the options in WHAT and WHERE. None means: it depends on the model, the task and its rows (defaults.py)."""
-    option, pooling = parser.add_argument, "what exits read: cls, or the tokens' mean (default: the checkpoint's)"
+    option = parser.add_argument
     option("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, a folder or hub id (default: %(default)s)")
-    option("--pooling", choices=("cls", "mean"), help=pooling)
+    option("--pooling", choices=POOLINGS, help="what exits read: [CLS] or the mean (default: the checkpoint's)")
     option("--exit-layers", type=list_of(number(int, 1)), help="counted from 1, as in 1,4,6,12 (default: the paper's)")
     option("--exit-strategy", choices=HEADS, default="confidence", help="lte: learning-to-exit (default: %(default)s)")
     option("--train-size", type=number(int, 1), default=6000, help="rows, sampled with the seed (default: %(default)s)")

@@ -206,9 +206,7 @@ def test_new_rows_enter_the_tables(made):
     assert tables.pair_table(runs, tables.DEEP, 0).splitlines()[-1].startswith("| QQP, in no mean | +0.0 ±0.0 |")
     runs = [run._replace(model=tables.SMALL, exits=dict.fromkeys((1, 2, 3, 6), (60.0, 2))) for run in runs]
     runs += [made("sst2", way, rate, 0, 65.0, tables.SMALL) for way in ("ee", "sweet") for rate in (2e-5, 5e-5)]
-    assert (
-        "2e-5: 65.0 / – / 65.0, 5e-5: 65.0 / – / 65.0, 1e-4: 60.0 / – / 60.0" in tables.exits(runs, tables.SMALL)[0][-1]
-    )
+    assert "2e-5: 65.0/–/65.0, 5e-5: 65.0/–/65.0, 1e-4: 60.0/–/60.0" in tables.exits(runs, tables.SMALL)[0][-1]
 
 
 @pytest.mark.parametrize(
