@@ -302,28 +302,18 @@ def by_rows() -> dict[str, str]:
             over = sure - values("score", key, "deployed")
             gap = f"{over.min():+.1f} to {over.max():+.1f}"
         lost += [[name, *outcome, gap]] * ("±" in outcome[1] and outcome[1][:5] != "100.0" and not key[2])
-    first, last = (
-        "texts, labelled rows",
-        ["lost of 100", "layers run, %", "calibration error", "confidence − accuracy, by draw"],
-    )
+    first, long = "texts, labelled rows", []
     head = [first, "best rival", "full depth", "early exit", "layers run, %", "early exit − rival"]
-    times = {
-        side["side"]: side
-        for side in read_rows(CLASSIFIER / "speed.csv")
-        if (side["texts"], side["precision"]) == ("long", "float32")
-    }
-    long = [
-        [
-            title,
-            *(show("score", ("long", rows, 0), way) for rows in (300, 1000)),
-            *(times[side][name] for name in TIMES),
-        ]
-        for way, side, title in README_LONG
-        if side in times
-    ]
+    of_lost = [first, "lost of 100", "layers run, %", "calibration error", "confidence − accuracy, by draw"]
+    timed = [row for row in read_rows(CLASSIFIER / "speed.csv") if row["texts"] == "long"]
+    times = {row["side"]: row for row in timed if row["precision"] == "float32"}
+    for way, side, title in README_LONG:
+        if side in times:
+            scores = [show("score", ("long", rows, 0), way) for rows in (300, 1000)]
+            long.append([title, *scores, *(times[side][name] for name in TIMES)])
     return {
         "which way": table("", head, main),
-        "lost": table("", [first, *last], lost),
+        "lost": table("", of_lost, lost),
         "long texts": table("", ["method", "300 labelled rows", "1,000", *TIMES.values()], long),
     }
 
@@ -339,9 +329,8 @@ def speed() -> dict[str, str]:
     def titled(kind: str, side: str) -> str:
         return f"{side}, int8" if kind == "int8" else side
 
-    shown = [
-        (kind, side) for texts, kind, side in found if texts == "list" and not re.search(UNSHOWN, titled(kind, side))
-    ]
+    of_list = [key[1:] for key in found if key[0] == "list"]
+    shown = [side for side in of_list if not re.search(UNSHOWN, titled(*side))]
     both = [(texts, column) for texts in ("list", "long") for column in TIMES]
     page = [row(titled(*side), *side, both) for side in shown]
     for line, side in zip(page, shown, strict=True):
