@@ -52,6 +52,7 @@ def fine_tune(
 
     The loss is the unweighted sum of the exits' losses. The learning rate decays linearly from `lr` to zero. As in the
     authors' code, there is no weight decay and no warm-up. `precision` is the type to autocast to; None means float32.
+    `train` renumbers the ids of `texts` (`used_rows`): other texts do not fit the model meanwhile.
     Raises InputError if a loss, or a trained parameter, is infinite or NaN.
     """
     device = torch.device(device)

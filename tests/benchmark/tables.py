@@ -51,7 +51,8 @@ README_LONG = [(RIVALS[2], RIVALS[2], RIVALS[2]), ("full depth", "our file, full
 README_LONG += [("deployed", "our file, deployed", "`fit`, early exit")]
 # The page's sides by numbers of words.
 TIMES = {"one_by_one": "ms, one by one", "in_batches": "ms, in batches"}  # of speed.csv
-UNSHOWN = "bag of words|unlabelled texts|^transformers|^ONNX Runtime, int8"  # sides that the page's table leaves out
+# Sides that the page's table leaves out.
+UNSHOWN = "bag of words|unlabelled texts, full|unlabelled.*int8|^transformers|^ONNX Runtime, int8"
 WORDS = [("float32", side) for side in ("our file, bag of words", RIVALS[0], "our classifier, full depth")]
 WORDS += [("float32", "our file, full depth")]
 
