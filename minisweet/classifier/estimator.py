@@ -143,26 +143,19 @@ class EarlyExitClassifier:
         by itself. `unlabelled_groups` does so for `unlabelled`. With a `trunk`, X and y may be None. Until the new
         model is ready, the previous one answers. Raises InputError, naming the item, for what cannot be trained on.
         """
-        if unlabelled is None and unlabelled_groups is not None:
-            raise InputError("needs unlabelled", "unlabelled_groups")
-        if groups is not None and unlabelled is not None and unlabelled_groups is None:
-            LOG.warning("unlabelled_groups is missing, so each unlabelled text counts as a group by itself")
         if validation is not None and (not isinstance(validation, tuple | list) or len(validation) != 2):
             raise InputError("should be (texts, labels)", "validation")
         X, y = ([], []) if X is None and self.trunk else (X, y)
-        rows = rows_of(X, y, groups)
-        given = None if validation is None else rows_of(*validation)
-        if given and not given.first:
+        rows, given = rows_of(X, y, groups), rows_of(*(([], []) if validation is None else validation))
+        if validation is not None and not given.first:
             raise InputError("has no rows", "validation")
-        more = None if unlabelled is None else rows_of(unlabelled, None, unlabelled_groups, "unlabelled")
+        more = rows_of([] if unlabelled is None else unlabelled, None, unlabelled_groups, "unlabelled")
         gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() or self.device != "cpu" else ()
         with report.telling(bool(self.verbose)), torch.random.fork_rng(gpus):
             self.fit_rows("texts", rows, given, more)
         return self
 
-    def fit_rows(
-        self, name: str, rows: Examples, given: Examples | None, unlabelled: Examples | None, **columns: str | None
-    ) -> None:
+    def fit_rows(self, name: str, rows: Examples, given: Examples, unlabelled: Examples, **columns: str | None) -> None:
         """Train, choose what to deploy, and replace the cascade. For the arguments see `train`."""
         options = check_options(**self.get_params())
         self._deploy(*train(name, rows, given, unlabelled, options, **columns), options)

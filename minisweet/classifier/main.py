@@ -55,7 +55,7 @@ def fit(words: list[str]) -> None:
     option("file", nargs="?", type=Path, metavar="FILE", help="labelled texts: .csv, .tsv or .jsonl")
     option("--unlabelled", type=Path, action="append", default=[], metavar="FILE", help="more texts; repeatable")
     option("--text-columns", help="the column of texts (default: text or sentence)")
-    option("--label-column", metavar="NAME", help="(default: label)")
+    option("--label-column", default="label", metavar="NAME", help="(default: %(default)s)")
     option("--group-column", metavar="NAME", help="rows of one value, such as a thread, stay together")
     option("--dev-data", type=Path, metavar="FILE", help="validation rows (default: rows of FILE set aside)")
     option("--out", type=Path, help="run folder (default: runs/<the name of FILE>)")
@@ -67,16 +67,11 @@ def fit(words: list[str]) -> None:
     for name in ("model", "lr", "epochs"):
         if name in given and "trunk" in given:
             raise InputError(BESIDE_TRUNK, name)
-    if "dev_size" in given and (args.dev_data or not args.file):
-        raise InputError("needs a split of FILE, not --dev-data", "dev_size")
-    if args.label_column is not None and not (args.file or args.dev_data):
-        raise InputError("needs FILE or --dev-data", "label_column")
     if not args.file and not ("trunk" in given and args.unlabelled):
         raise InputError("FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE")
     out = args.out or Path("runs") / (args.file or args.unlabelled[0]).stem
     check_output(out, args.overwrite)
     fit_files(classify, args)
-    check_output(out, args.overwrite)  # again, since training takes a while
     classify.save(out, args.overwrite)
     print_choice(out, classify)
 
@@ -84,20 +79,17 @@ def fit(words: list[str]) -> None:
 def fit_files(classify: EarlyExitClassifier, args: Namespace) -> None:
     """Train on the files that `fit` names."""
     first = args.file or args.unlabelled[0]
-    label = "label" if args.label_column is None else args.label_column
     column = text_column(first, args.text_columns)
-    if args.file and label == column:
-        raise InputError(f"{column}, should not be the label column", "text_columns")
+    columns = {"text_column": column, "label_column": args.label_column, "group_column": args.group_column}
 
-    def read(file: Path, label: str | None) -> Examples:
-        own = column if file is first else text_column(file, args.text_columns, column)
-        return read_texts(file, own, label, args.group_column)
+    def read(file: Path | None, label: str | None) -> Examples:
+        if file is None:
+            return joined()
+        return read_texts(file, text_column(file, args.text_columns, column), label, args.group_column)
 
-    rows = read(first, label) if args.file else Examples([], None, None, names=[])
-    given = read(args.dev_data, label) if args.dev_data else None
-    unlabelled = joined(*(read(file, None) for file in args.unlabelled)) if args.unlabelled else None
-    columns = {"text_column": column, "label_column": label if args.file or given else None}
-    classify.fit_rows(first.stem, rows, given, unlabelled, **columns, group_column=args.group_column)
+    rows, given = (read(file, args.label_column) for file in (args.file, args.dev_data))
+    unlabelled = joined(*(read(file, None) for file in args.unlabelled))
+    classify.fit_rows(first.stem, rows, given, unlabelled, **columns)
 
 
 def choose(words: list[str]) -> None:
@@ -133,13 +125,11 @@ def test(words: list[str]) -> None:
     classify = EarlyExitClassifier.load(args.run, **typed(args))
     record, there = classify.record, all_columns(args.file)
     column = text_column(args.file, args.text_columns, record.text_column)
-    label = next((name for name in (record.label_column, "label") if name in there), None)
+    label, group = (name if name in there else None for name in (record.label_column, record.group_column))
     if label == "label" and "exit_layer" in there and "predicted_label" not in there:
         raise InputError(f"{args.file}: its column label was written by predict, should hold the true labels")
-    group = record.group_column if record.group_column in there else None
-    if label != (named := record.label_column or "label"):
-        others = "the labels are those of column label" if label else "all rows count as unlabelled"
-        print(f"{args.file}: no column {named}, so {others}")
+    if not label:
+        print(f"{args.file}: no column {record.label_column}, so all rows count as unlabelled")
     if record.training_groups + record.validation_groups and not group:
         print(f"{args.file}: no column {record.group_column or 'of groups'}, so each row counts by itself")
     answers, told = classify.ask_new(read_texts(args.file, column, label, group), args.file)

@@ -82,7 +82,7 @@ def check_options(**given: Any) -> Namespace:
 
 
 def train(
-    name: str, rows: Examples, given: Examples | None, unlabelled: Examples | None, options: Namespace, **columns: Any
+    name: str, rows: Examples, given: Examples, unlabelled: Examples, options: Namespace, **columns: Any
 ) -> tuple[Namespace, Cascade, run.Validation]:
     """Train on your own text. Returns the record, a cascade without a rule, and the validation rows.
 
@@ -91,7 +91,7 @@ def train(
     or training diverges.
     """
     # 1. What the training starts from: public weights, or a trunk, whose layers stay as they are.
-    examples = joined(*filter(None, (rows, unlabelled, given)))
+    examples = joined(rows, unlabelled, given)
     classes = split.classes_of(rows.names or (), examples.names or ())
     model, tokenizer, labels, trunk = start_from(options, name, classes)
 
@@ -101,17 +101,14 @@ def train(
     units, known = split.units_of(texts), np.zeros(len(texts), dtype=bool)
     if trunk:
         known = np.isin(texts.keys, trunk.trained_keys) | split.in_groups(examples, trunk.training_groups)
-    count = len(given.first) if given else 0
-    sides = split.split_rows(name, texts, units, labels, count, options.dev_size, known)
+    sides = split.split_rows(name, texts, units, labels, len(given.first), options.dev_size, known)
     labelled, answered, validating = sides
-    if unlabelled and unlabelled.first and not len(answered):
-        raise InputError("no text is left: all of them are also labelled, or set aside", "unlabelled")
     learned, side = texts.take(np.concatenate([labelled, answered])), texts.take(validating)
     own_units = split.lowest(side.keys, np.unique(units[validating], return_inverse=True)[1])  # by a key that validates
     roles = split.deal_roles(side.keys, own_units, side.labels)
     if not (roles == split.JUDGES).any():
         raise InputError(f"{name}: too few validation texts: one has to choose, and another one to judge")
-    about = OF_LISTS | columns | {"task": name, "set_aside": 1.0 if given else options.dev_size}
+    about = OF_LISTS | columns | {"task": name, "set_aside": 1.0 if given.first else options.dev_size}
     about["rows_per_unit"] = [len(n) / max(1, len(np.unique(n))) for n in (units[numbers >= 0], units[numbers < 0])]
     record = run.new_record(options, model, labels, learned, side, trunk, **about)
     if examples.empty:
