@@ -120,8 +120,7 @@ def test_labels_are_names_sorted_by_number_where_all_are_numbers(tmp_path):
 
 
 def test_what_is_no_list_of_texts_is_refused():
-    advice = "join the two texts into one, or train on pairs with train.py"
-    message = f"texts: has 2 columns, should have one, such as df['text']; {advice}"
+    message = "texts: has 2 columns, should have one, such as df['text']"
     assert refused(texts_of, np.array([["a", "x"], ["b", "y"]])) == message
     for wrong in ({"a": 1}, "a text", 1):
         assert refused(texts_of, wrong) == f"texts: {wrong!r}, should be a list, such as [text] for one text"

@@ -123,7 +123,8 @@ class EarlyExitClassifier:
 
     def classify(self, texts: Iterable[str]) -> list[Answer]:
         """Classify N texts in their order. Raises InputError, naming the item's index from 0, for anything but text."""
-        return self.cascade.answer(texts)
+        cascade = self.cascade
+        return cascade.answer(cascade.tokenize(texts))
 
     def fit(
         self,

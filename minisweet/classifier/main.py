@@ -166,8 +166,7 @@ def predict(words: list[str]) -> None:
     with row_writer(args.out, there + added) as write, progress(unit="row", desc="predict") as bar:
         while chunk := list(islice(rows, WINDOW)):
             texts = cascade.tokenize([cell(args.file, line, row, column) for line, row in chunk])
-            logits, layers = cascade.decide(texts)
-            for (_, row), answer in zip(chunk, cascade.as_answers(logits, layers.tolist()), strict=True):
+            for (_, row), answer in zip(chunk, cascade.answer(texts), strict=True):
                 confidence, *each = (round(p, 9) for p in (answer.confidence, *answer.probabilities.values()))
                 write(row | dict(zip(added, [answer.label, confidence, answer.exit_layer, *each], strict=True)))
                 left[answer.exit_layer] += 1

@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -193,11 +193,10 @@ def export_onnx(
     Returns the lines that `minisweet export` prints. Raises InputError if `out` exists, or more than one float32
     answer, and more than 0.1% of them, differ from the model's.
     """
-    model, bag = copy.deepcopy((cascade.model, cascade.bag))  # which go on answering on their device
+    model, bag, tokenizer = copy.deepcopy((cascade.model, cascade.bag, cascade.tokenizer))  # which others still use
     cascade = replace(cascade, model=model.cpu(), bag=bag.cpu(), device=torch.device("cpu"), precision=None)
-    cascade, texts = replace(cascade, threshold=point.threshold), validation.texts
-    judging = np.flatnonzero(validation.roles == JUDGES)
-    tried = texts.take(judging if len(judging) else np.arange(len(texts)))
+    cascade = replace(cascade, threshold=point.threshold)
+    tried = validation.texts.take(np.flatnonzero(validation.roles == JUDGES))
     with written_beside(out, overwrite=False) as new:
         logits, layers = cascade.decide(tried)
         file = export_graph(cascade.model, cascade.bag, point.threshold, point.rule, int8)
@@ -207,30 +206,17 @@ def export_onnx(
         differ = int(((probabilities.argmax(-1) != logits.argmax(-1).numpy()) | (found != layers.numpy())).sum())
         if 1000 * differ > max(1000, len(tried)) and not int8:
             raise InputError(f"--onnx: not written: {differ} of {len(tried)} answers are not the model's")
-        describe(file, cascade, point, record, int8)
+        pad = special_tokens(tokenizer)[2]
+        tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+        told = {"labels": record.labels, "max_length": record.arguments["max_length"], "threshold": point.threshold}
+        as_json = {key: json.dumps(value) for key, value in told.items()}
+        set_model_props(file, as_json | {"tokenizer": tokenizer.to_str()})
         new.write_bytes(file.SerializeToString())
         size = new.stat().st_size / 1e6
     cascade = replace(cascade, threshold=point.threshold)
     first = f"{out}: {'int8' if int8 else 'float32'}, {size:.1f} MB, by default at threshold {point.threshold:.6g}"
     second = f"{len(tried):,} validation rows, one by one: {differ:,} answers or exits are not the model's"
     return [first, second, report.promise_of(cascade, point, record)]
-
-
-def describe(file: ModelProto, cascade: Cascade, point: OperatingPoint, record: Namespace, int8: bool) -> None:
-    """Write into a file, in place, what a program needs to run it."""
-    tokenizer = copy.deepcopy(cascade.tokenizer)
-    metadata = {
-        "labels": record.labels,
-        "exit_layers": [0, record.depth],
-        "max_length": record.arguments["max_length"],
-        "texts_at_once": 1 if int8 else None,  # None for any number
-        "threshold": point.threshold,
-        "goal": asdict(point.goal),
-    }
-    pad = special_tokens(tokenizer)[2]
-    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
-    as_json = {key: json.dumps(value) for key, value in metadata.items()}
-    set_model_props(file, as_json | {"tokenizer": tokenizer.to_str()})
 
 
 def choose_for_int8(

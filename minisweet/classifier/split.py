@@ -147,10 +147,8 @@ def split_rows(
         if lacking := [labels[n] for n in np.setdiff1d(numbers[labelled], numbers[side])]:
             advice = f"so {effect}; add rows of it, or merge it with another label"
             LOG.warning("no row to %s has the label %s, %s", purpose, preview(lacking), advice)
-    # Unlabelled rows may come from another source than those that are given to validate on.
-    answered, judging = deal_unlabelled(
-        texts.keys, units, unlabelled, learning, validating, 0 if given else MOST_JUDGES
-    )
+    most = 0 if given else MOST_JUDGES  # as unlabelled rows may come from another source than the given ones
+    answered, judging = deal_unlabelled(texts.keys, units, unlabelled, learning, validating, most)
     if not len(learning) + len(answered):
         raise InputError(f"{name}: no text is left to learn from: all of them validate too")
     if len(unlabelled):

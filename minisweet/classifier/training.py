@@ -221,10 +221,8 @@ def fine_tune(
     InputError if a loss, or a trained parameter, is infinite or NaN.
     """
     device, rate, of_row, losses = options.place, options.lr, torch.from_numpy(targets), list[float]()
-    precision, steps = (
-        choose_precision(options.amp, device, training=True),
-        epochs * ceil(len(texts) / options.batch_size),
-    )
+    precision = choose_precision(options.amp, device, training=True)
+    steps = epochs * ceil(len(texts) / options.batch_size)
     LOG.info("%s: %d epochs, lr %g, %s, %s", title, epochs, rate, device_name(device), precision or torch.float32)
     model.to(device).train()
     with fast.used_rows(model.encoder.word_embeddings, texts) as few, progress(total=steps, desc=title) as bar:
