@@ -59,11 +59,6 @@ class Cascade:
     precision: torch.dtype | None = None  # that the model autocasts to; None means float32
     batch_size: int = 32  # the most texts that run at once
 
-    @property
-    def depth(self) -> int:
-        """The layers of the model."""
-        return len(self.model.encoder.layers)
-
     def tokenize(self, texts: Any) -> Texts:
         """Tokenise texts. Raises InputError, naming the item, for anything else."""
         return Texts(self.tokenizer, texts_of(texts))
@@ -83,7 +78,7 @@ class Cascade:
         if stay.any():
             model = self.ask_model(texts.take(np.flatnonzero(stay.numpy())), self.batch_size)
             logits[stay] = at_full_depth(bag[stay], model, self.rule)
-        return logits, stay * self.depth
+        return logits, stay * self.model.encoder.depth
 
     def as_answers(self, logits: Tensor, layers: Sequence[int]) -> list[Answer]:
         """Calibrated logits (N, C), each of the exit after a layer, as answers."""

@@ -32,7 +32,7 @@ def explain(cascade: Cascade, text: str) -> list[tuple[Answer, bool]]:
     texts = cascade.tokenize([text])
     both, rule = cascade.ask_both(texts), cascade.rule
     logits = torch.cat([at_exit_0(both[0], rule), at_full_depth(both[0], both[1], rule)])  # (2, C)
-    first, last = cascade.as_answers(logits, (0, cascade.depth))
+    first, last = cascade.as_answers(logits, (0, cascade.model.encoder.depth))
     may_leave = leaves(logits[0].softmax(-1).amax(), cascade.threshold, 1 / logits.shape[1])
     return [(first._replace(words=word_scores(cascade, texts, 0)), bool(may_leave)), (last, True)]
 
