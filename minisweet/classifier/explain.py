@@ -91,7 +91,7 @@ def write_page(path: Path, cascade: Cascade, point: OperatingPoint, record: Name
     answers = answers_of(logits, point.rule, texts.labels, texts.keys)
     full = at_full_depth(logits[0], logits[1], point.rule).softmax(-1).amax(-1)
     thresholds = sorted({lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > lowest)})
-    right = answers.scored().labels
+    right = answers.labels  # all or none of these rows have one
     classes = np.stack([answers.early, answers.full])  # (2, N)
     words = (word_scores(cascade, texts, row) for row in progress(range(len(texts)), desc="exit 0", unit="text"))
     data: dict[str, Any] = {

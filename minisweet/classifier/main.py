@@ -63,7 +63,6 @@ def fit(words: list[str]) -> None:
     args = parser.parse_args(words)
     given = typed(args)
     classify = EarlyExitClassifier(**given)
-    check_options(**classify.get_params())
     for name in ("model", "lr", "epochs"):
         if name in given and "trunk" in given:
             raise InputError(BESIDE_TRUNK, name)

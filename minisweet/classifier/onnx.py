@@ -101,23 +101,6 @@ early_exit (int64[batch, tokens] input_ids, int64[batch, tokens] attention_mask,
 """
 
 
-def write_graph(model: FullModel, bag: NgramExit) -> ModelProto:
-    """The whole graph. Besides the inputs of the file it has the NUMBERS. The model is without dropout from then on.
-
-    Training mode selects the attention with fewer nodes.
-    """
-    for module in model.requires_grad_(False).train().modules():
-        if isinstance(module, Dropout):
-            module.p = 0.0
-    C, depth = len(bag.bias), len(model.encoder.layers)
-    text = GRAPH.replace("CLASSES", str(C)).replace("LOWEST", f"{np.float32(1 / C):.9g}").replace("DEPTH", str(depth))
-    file = onnx.parser.parse_model(text)
-    for op, step in (("Bag", bag), ("Model", model)):
-        for graph in graphs_in(file.graph):
-            insert(graph, op, step)
-    return file
-
-
 def insert(graph: GraphProto, op: str, step: nn.Module) -> None:
     """Put the nodes of a function of tokens in the place of a node, if the graph has it."""
     for place, node in enumerate(graph.node):
@@ -145,17 +128,26 @@ def graphs_in(graph: GraphProto) -> Iterator[GraphProto]:
 
 
 def export_graph(model: FullModel, bag: NgramExit, threshold: float, rule: Rule, int8: bool) -> ModelProto:
-    """The graph of a bag of words and a model, with a threshold and a rule.
+    """The graph of a bag of words and a model, with a threshold and a rule. The model loses its dropout.
 
     With `int8` weights have eight bits, with a scale per column. Only seven bits are used: with all eight, products
     overflow on processors without VNNI. The bag of words stays as it is: one scale for its whole table would change its
     answers. All texts of a batch would share one scale of activations, so that an int8 file takes one text at a time.
     """
+    for module in model.requires_grad_(False).train().modules():  # training selects the attention with fewer nodes
+        if isinstance(module, Dropout):
+            module.p = 0.0
+    C, depth = len(bag.bias), model.encoder.depth
+    text = GRAPH.replace("CLASSES", str(C)).replace("LOWEST", f"{np.float32(1 / C):.9g}").replace("DEPTH", str(depth))
+    file = onnx.parser.parse_model(text)  # whose inputs are those of the file, and the NUMBERS
+
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporters say much about themselves
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
-        file = write_graph(model, bag)
+        for graph in graphs_in(file.graph):
+            insert(graph, "Bag", bag)
+            insert(graph, "Model", model)
         optimizer.fold_constants(file)
         optimizer.remove_unused_nodes(file)
         if int8:
