@@ -152,8 +152,9 @@ class EarlyExitClassifier:
             raise InputError("has no rows", "validation")
         more = rows_of([] if unlabelled is None else unlabelled, None, unlabelled_groups, "unlabelled")
         gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() or self.device != "cpu" else ()
+        columns = {f"{name}_column": name for name in ("text", "label", "group")}  # of the files of `minisweet test`
         with report.telling(bool(self.verbose)), torch.random.fork_rng(gpus):
-            self.fit_rows("texts", rows, given, more)
+            self.fit_rows("texts", rows, given, more, **columns)
         return self
 
     def fit_rows(self, name: str, rows: Examples, given: Examples, unlabelled: Examples, **columns: str | None) -> None:
@@ -214,22 +215,17 @@ class EarlyExitClassifier:
         Training and validation texts do not count; with `groups` (N), as in `fit`, one text of each new group does.
         Returns fields of `operating_point`, those of labels None if there are none, and the scores `per_class`.
         """
-        answers, told = self.ask_new(rows_of(X, y, groups), "X")
+        answers, told = self.ask_new(rows_of(X, y, groups))
         if "left out" in told:
             LOG.warning(told)
         measured = measure(self.cascade.threshold, answers)
         of_labels = "score score_interval full_depth full_depth_interval macro_f1 per_class".split()
         return measured if answers.is_labelled.any() else measured | dict.fromkeys(of_labels)
 
-    def ask_new(self, rows: Examples, source: object) -> tuple[Answers, str]:
-        """Both exits' answers to the rows that may test what was chosen, and a line on those left out.
-
-        Raises InputError, with the `source` of the rows, if no row is left.
-        """
-        cascade, record = self.cascade, self.record
-        texts, told = rows_to_test(cascade.tokenizer, rows, record, self.validation.texts.keys)
-        if not len(texts):
-            raise InputError(f"{source}: no row is left to test on: {told.partition('left out: ')[2]}")
+    def ask_new(self, rows: Examples) -> tuple[Answers, str]:
+        """Both exits' answers to the rows that may test what was chosen, and a line on those left out."""
+        cascade = self.cascade
+        texts, told = rows_to_test(cascade.tokenizer, rows, self.record, self.validation.texts.keys)
         logits = cascade.ask_both(texts, cascade.batch_size)
         return answers_of(logits, cascade.rule, texts.labels, texts.keys), told
 
@@ -239,12 +235,10 @@ class EarlyExitClassifier:
         return [explain(cascade, text) for text in texts_of(texts).first]
 
     def export(self, path: str | Path, *, int8: bool = False) -> list[str]:
-        """Write one ONNX file with early exit as it was chosen. Its name must end in .onnx.
+        """Write one ONNX file with early exit as it was chosen.
 
         Returns the lines that `minisweet export` prints. Raises InputError for a file that exists.
         """
-        if Path(path).suffix.lower() != ".onnx":
-            raise InputError(f"{path}: should end in .onnx")
         try:
             from minisweet.classifier.onnx import export_onnx
         except ImportError as error:

@@ -61,23 +61,16 @@ def fit(words: list[str]) -> None:
     option("--out", type=Path, help="run folder (default: runs/<the name of FILE>)")
     option("--overwrite", action="store_true", help="replace the run in --out when the new one is trained")
     args = parser.parse_args(words)
-    given = typed(args)
-    classify = EarlyExitClassifier(**given)
+    options = typed(args)
+    classify = EarlyExitClassifier(**options)
     for name in ("model", "lr", "epochs"):
-        if name in given and "trunk" in given:
+        if name in options and "trunk" in options:
             raise InputError(BESIDE_TRUNK, name)
-    if not args.file and not ("trunk" in given and args.unlabelled):
+    if not args.file and not ("trunk" in options and args.unlabelled):
         raise InputError("FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE")
-    out = args.out or Path("runs") / (args.file or args.unlabelled[0]).stem
-    check_output(out, args.overwrite)
-    fit_files(classify, args)
-    classify.save(out, args.overwrite)
-    print_choice(out, classify)
-
-
-def fit_files(classify: EarlyExitClassifier, args: Namespace) -> None:
-    """Train on the files that `fit` names."""
     first = args.file or args.unlabelled[0]
+    out = args.out or Path("runs") / first.stem
+    check_output(out, args.overwrite)
     column = text_column(first, args.text_columns)
     columns = {"text_column": column, "label_column": args.label_column, "group_column": args.group_column}
 
@@ -89,6 +82,8 @@ def fit_files(classify: EarlyExitClassifier, args: Namespace) -> None:
     rows, given = (read(file, args.label_column) for file in (args.file, args.dev_data))
     unlabelled = joined(*(read(file, None) for file in args.unlabelled))
     classify.fit_rows(first.stem, rows, given, unlabelled, **columns)
+    classify.save(out, args.overwrite)
+    print_choice(out, classify)
 
 
 def choose(words: list[str]) -> None:
@@ -131,7 +126,7 @@ def test(words: list[str]) -> None:
         print(f"{args.file}: no column {record.label_column}, so all rows count as unlabelled")
     if record.training_groups + record.validation_groups and not group:
         print(f"{args.file}: no column {record.group_column or 'of groups'}, so each row counts by itself")
-    answers, told = classify.ask_new(read_texts(args.file, column, label, group), args.file)
+    answers, told = classify.ask_new(read_texts(args.file, column, label, group))
     print(f"{args.file}: {told}\n")
     print(*report.comparison(*classify.deployed, answers), sep="\n")
 

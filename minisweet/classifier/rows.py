@@ -148,10 +148,7 @@ def read_texts(path: Path, column: str, label_column: str | None = None, group_c
                 values.append(name_of(row.get(named)))
             except ValueError as error:
                 raise InputError(f"{path}, line {line}: {named!r:.60}: {error}") from None
-    rows = with_text(Examples(texts, None, None, groups=None if group_column is None else groups, names=labels))
-    if not rows.first:
-        raise InputError(f"{path}: no rows with text in {column}")
-    return rows
+    return with_text(Examples(texts, None, None, groups=None if group_column is None else groups, names=labels))
 
 
 def with_text(rows: Examples) -> Examples:
@@ -227,7 +224,4 @@ def rows_of(X: Any, y: Any = None, groups: Any = None, option: str = "") -> Exam
     names = [None] * len(texts) if y is None else labels_of(y, len(texts), "labels")
     if groups is not None:
         groups = list(map(name_of, labels_of(groups, len(texts), f"{option}_groups".lstrip("_"))))
-    rows = with_text(Examples(texts, None, None, groups=groups, names=names))
-    if texts and not rows.first:
-        raise InputError("texts: all of them are empty")
-    return rows
+    return with_text(Examples(texts, None, None, groups=groups, names=names))

@@ -195,7 +195,7 @@ def deal_roles(keys: np.ndarray, units: np.ndarray, labels: np.ndarray) -> np.nd
 def rows_to_test(tokenizer: Tokenizer, rows: Examples, record: Namespace, validating: np.ndarray) -> tuple[Texts, str]:
     """The rows that may test what was chosen, one of each unit, and a line on those left out: how many, and why.
 
-    `record` is that of the run, and `validating` the keys of its validation texts.
+    `record` is that of the run, and `validating` the keys of its validation texts. Raises InputError if none is left.
     """
     numbers = numbers_of(record.labels)
     names = list(map(name_of, rows.names or ()))
@@ -211,6 +211,8 @@ def rows_to_test(tokenizer: Tokenizer, rows: Examples, record: Namespace, valida
     ):
         reasons += [f"{(is_out & left).sum():,} {reason}"] * int((is_out & left).any())
         left &= ~is_out
+    if not left.any():
+        raise InputError(f"no row is left to test on: {', '.join(reasons)}")
     texts = texts.take(np.flatnonzero(left))
     represents = one_of_each(units_of(texts), texts.keys)
     reasons += [f"{(~represents).sum():,} in a group for which another row stands"] * int(not represents.all())

@@ -58,7 +58,6 @@ KINDS = {  # the options that are not text, by what reads them in a shell
     "amp": checked(str, lambda word: word in AMP_CHOICES, f"one of {', '.join(AMP_CHOICES)}"),
 }
 DEPLOYMENT = {"threshold": None, "batch_size": 32, "device": "auto", "amp": "auto"}  # options of a run that is loaded
-OF_LISTS = {"text_column": "text", "label_column": "label", "group_column": "group"}  # where a run of lists reads files
 BY_DEFAULT_NONE = ("lr", "epochs", "batch_size", "max_length", "threshold")
 BESIDE_TRUNK = "cannot stand beside a trunk: nothing but the bag of words is trained then"
 DIVERGED = "at {:g} the loss became infinite or NaN at step {}; try a lower one"
@@ -107,7 +106,7 @@ def train(
     roles = split.deal_roles(side.keys, own_units, side.labels)
     if not (roles == split.JUDGES).any():
         raise InputError(f"{name}: too few validation texts: one has to choose, and another one to judge")
-    about = OF_LISTS | columns | {"task": name, "set_aside": 1.0 if given.first else options.dev_size}
+    about = columns | {"task": name, "set_aside": 1.0 if given.first else options.dev_size}
     about["rows_per_unit"] = [len(n) / max(1, len(np.unique(n))) for n in (units[numbers >= 0], units[numbers < 0])]
     record = run.new_record(options, model, labels, learned, side, trunk, **about)
     if examples.empty:
@@ -146,7 +145,7 @@ def start_from(options: Namespace, name: str, labels: list) -> tuple[FullModel, 
         model = FullModel(encoder, nn.Linear(encoder.config.hidden_size, len(labels)))
         options.lr = options.lr or default_learning_rate(encoder.config)
     else:
-        raise InputError(f"{name}: no row has a label")
+        raise InputError(f"{name}: no row has a text and a label")
     config, length = model.encoder.config, record and record.arguments["max_length"]
     if options.max_length and length and options.max_length != length:  # the keys of cut texts would change
         raise InputError(f"{options.max_length}, should be {length}, as of the trunk {trunk}", "max_length")
