@@ -55,15 +55,16 @@ def numbers_of(labels: Sequence[Any]) -> dict[str | None, int]:
     return {name_of(label): number for number, label in enumerate(labels)} | {None: -1}
 
 
-def class_numbers(names: Sequence[Any], labels: Sequence[Any], trunk: str | None = None) -> np.ndarray:
+def class_numbers(names: Sequence[Any], labels: Sequence[Any]) -> np.ndarray:
     """The class of each row (N,), -1 for a row without a label. Labels are compared as text.
 
-    Raises InputError for a label that is not in `labels`, which are those of the `trunk` or of the rows to learn from.
+    Raises InputError for a label that is not in `labels`, which are those of the trunk or of the rows to learn from.
     """
     numbers = numbers_of(labels)
     if unknown := [name for name in names if name_of(name) not in numbers]:
-        who = f"{trunk} does not know" if trunk else "no row to learn from has"
-        raise InputError(f"{who} the label {unknown[0]!r:.60} of a row; should be one of {preview(labels)}")
+        raise InputError(
+            f"the label {unknown[0]!r:.60} of a row is neither learned nor a trunk's; these are: {preview(labels)}"
+        )
     return np.array([numbers[name_of(name)] for name in names], dtype=np.int64)
 
 

@@ -94,7 +94,7 @@ def train(
     model, tokenizer, labels, trunk = start_from(options, name, classes)
 
     # 2. Who learns, who chooses and who judges.
-    numbers = split.class_numbers(examples.names or (), labels, options.trunk)
+    numbers = split.class_numbers(examples.names or (), labels)
     texts = Texts(tokenizer, examples._replace(labels=numbers.tolist()))
     units, known = split.units_of(texts), np.zeros(len(texts), dtype=bool)
     if trunk:
