@@ -97,13 +97,11 @@ def write_page(path: Path, cascade: Cascade, point: OperatingPoint, record: Name
     data: dict[str, Any] = {
         "scores": (100 * (answers.decide_at(thresholds) == right).mean(1)).tolist(),
         "speedup_ratios": answers.stay_at(thresholds).mean(1).tolist(),
-        "exit_scores": (100 * (classes == right).mean(1)).tolist(),
         "task": record.task,
         "labels": list(map(str, record.labels)),
         "depth": record.depth,
         "model": Path(record.arguments["trunk"] or record.arguments["model"]).name,
         "thresholds": thresholds,
-        "lowest": lowest,
         "point": asdict(point) | {"promise": report.what_is_promised(point), "metric": report.metric_of(point)},
         "metric": "accuracy" if has_labels else "agreement with full depth",
         "sentences": texts.examples.first,

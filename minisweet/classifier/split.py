@@ -62,9 +62,7 @@ def class_numbers(names: Sequence[Any], labels: Sequence[Any]) -> np.ndarray:
     """
     numbers = numbers_of(labels)
     if unknown := [name for name in names if name_of(name) not in numbers]:
-        raise InputError(
-            f"the label {unknown[0]!r:.60} of a row is neither learned nor a trunk's; these are: {preview(labels)}"
-        )
+        raise InputError(f"the label {unknown[0]!r:.60} of a row is not learned, should be one of {preview(labels)}")
     return np.array([numbers[name_of(name)] for name in names], dtype=np.int64)
 
 
