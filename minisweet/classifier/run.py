@@ -178,7 +178,7 @@ def load_validation(folder: Path, record: Namespace, cascade: Cascade) -> Valida
         raise InputError(f"{path}: {OF_ANOTHER}, or changed: {count:,} rows, should be {record.validation_rows:,}")
     rows = [json.loads(line) for line in text.split("\n")[:-1]]
     labels = class_numbers([row["label"] for row in rows], record.labels).tolist()
-    groups = [row["group"] for row in rows]
+    groups = [row.get("group") for row in rows]
     examples = Examples([row["text"] for row in rows], None, labels, groups=groups if any(groups) else None)
     tensors = load_file(check_id(folder / LOGITS, record.id))
     return Validation(Texts(cascade.tokenizer, examples), tensors["roles"].numpy(), tensors["logits"])
