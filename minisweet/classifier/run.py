@@ -112,12 +112,13 @@ def lines_of(examples: Examples, labels: list) -> str:
 
 
 def read_record(folder: Path) -> Namespace:
-    """Read the record of a run. Raises InputError if there is none, or it is not of `minisweet fit`."""
+    """Read the record of a run. Raises InputError if there is none, or it is not of `minisweet fit` in this version."""
     if not (folder / RECORD).is_file():
         raise InputError(f"{folder}: no run here (it has no {RECORD}); train one with minisweet fit")
     content = read_json(folder / RECORD)
     if content.get("program") != PROGRAM:
-        raise InputError(f"{folder}: a run of train.py, which is evaluated by: python evaluate.py {folder}")
+        other = f"or a run of train.py, which is evaluated by: python evaluate.py {folder}"
+        raise InputError(f"{folder}: of an earlier version of minisweet fit, {other}")
     return Namespace(**content)
 
 
