@@ -148,7 +148,10 @@ def read_texts(path: Path, column: str, label_column: str | None = None, group_c
                 values.append(name_of(row.get(named)))
             except ValueError as error:
                 raise InputError(f"{path}, line {line}: {named!r:.60}: {error}") from None
-    return with_text(Examples(texts, None, None, groups=None if group_column is None else groups, names=labels))
+    rows = with_text(Examples(texts, None, None, groups=None if group_column is None else groups, names=labels))
+    if not rows.first:
+        raise InputError(f"{path}: no rows with text in {column}")
+    return rows
 
 
 def with_text(rows: Examples) -> Examples:
