@@ -139,7 +139,6 @@ def start_from(options: Namespace, name: str, labels: list) -> tuple[FullModel, 
         LOG.info("no layer is trained: the trunk stays as it is, but its bag of words no longer adds to its answers")
     elif trunk:
         model, labels = load_classifier(folder)
-        LOG.info("no layer is trained: the trunk stays as it is")
     elif labels:
         encoder = load_encoder(folder, pooling="mean")
         model = FullModel(encoder, nn.Linear(encoder.config.hidden_size, len(labels)))
