@@ -83,7 +83,6 @@ def test_validation_rows_that_were_cut_or_changed_are_refused(own_run, tmp_path)
     [
         ("operating.json", "id", "0", "operating.json: belongs to another run than run.json beside it"),
         ("operating.json", "share", "a", "operating.json: share is 'a', should be float"),
-        ("run.json", "head", "pooler", "head.pooler.weight is missing and should be"),
         ("run.json", "program", "", "a run of train.py, which is evaluated by: python evaluate.py"),
     ],
 )

@@ -121,7 +121,9 @@ def test_the_file_holds_what_both_exits_said(tmp_path):
     assert data["predictions"] == case.predictions[:, kept].tolist()
     assert data["right"] == case.labels[kept].tolist()
     assert torch.equal(torch.tensor(data["confidences"]), case.confidence[:, kept])
-    assert data["exit_scores"] == pytest.approx(100 * (case.predictions == case.labels)[:, kept].mean(1))
+    assert [data["scores"][0], data["scores"][-1]] == pytest.approx(
+        100 * (case.predictions == case.labels)[:, kept].mean(1)
+    )
     thresholds = data["thresholds"]
     assert {1 / 3, case.point.threshold, 0.34, 0.5, 0.99, 1} <= set(thresholds)
     assert thresholds == sorted(set(thresholds))

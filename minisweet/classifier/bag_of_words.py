@@ -91,14 +91,10 @@ def fit_ngrams(bag: NgramExit, batches: Sequence[Inputs], targets: Tensor, embed
     targets = (targets if targets.ndim == 2 else F.one_hot(targets, C).float()) * features.has_words
     held_out = (torch.randperm(N, generator=torch.Generator().manual_seed(0)) % 3 == 0)[:, None]  # a third
     likelihoods = []
-    with progress(total=len(SCALES) + 1, desc="bag of words", unit="fit") as bar:
-        for scale in SCALES:
-            weights = fit_weights(features, scale, targets * ~held_out)
-            likelihoods.append(float((targets * held_out * features.logits(*weights).log_softmax(-1)).sum()))
-            bar.update()
-        scale = SCALES[likelihoods.index(max(likelihoods))]
-        free, dense = fit_weights(features, scale, targets)
-        bar.update()
+    for scale in progress(SCALES, desc="bag of words", unit="fit"):
+        weights = fit_weights(features, scale, targets * ~held_out)
+        likelihoods.append(float((targets * held_out * features.logits(*weights).log_softmax(-1)).sum()))
+    free, dense = fit_weights(features, SCALES[likelihoods.index(max(likelihoods))], targets)
     bag.table.zero_()[: len(embeddings)] = features.known @ dense[:-1]
     bag.table[features.used] += free
     bag.bias.copy_(dense[-1])

@@ -11,7 +11,7 @@ the threshold. That costs no layer, and full depth costs all of them.
 Dimension letters: B batch, T tokens, N texts, n some of them, C classes, M thresholds.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,19 +59,14 @@ class Cascade:
     precision: torch.dtype | None = None  # that the model autocasts to; None means float32
     batch_size: int = 32  # the most texts that run at once
 
-    @property
-    def depth(self) -> int:
-        """The layers of the model."""
-        return len(self.model.encoder.layers)
-
-    def answer(self, texts: Iterable[str]) -> list[Answer]:
-        """Answer N texts, in their order. Raises InputError, naming the item, for anything but text."""
-        logits, layers = self.decide(self.tokenize(texts))
-        return self.as_answers(logits, layers.tolist())
-
     def tokenize(self, texts: Any) -> Texts:
         """Tokenise texts. Raises InputError, naming the item, for anything else."""
         return Texts(self.tokenizer, texts_of(texts))
+
+    def answer(self, texts: Texts) -> list[Answer]:
+        """Answer N texts, in their order."""
+        logits, layers = self.decide(texts)
+        return self.as_answers(logits, layers.tolist())
 
     def decide(self, texts: Texts) -> tuple[Tensor, Tensor]:
         """The calibrated logits (N, C) of the exits that N texts take, and the layers (N,) of these exits."""
@@ -83,7 +78,7 @@ class Cascade:
         if stay.any():
             model = self.ask_model(texts.take(np.flatnonzero(stay.numpy())), self.batch_size)
             logits[stay] = at_full_depth(bag[stay], model, self.rule)
-        return logits, stay * self.depth
+        return logits, stay * self.model.encoder.depth
 
     def as_answers(self, logits: Tensor, layers: Sequence[int]) -> list[Answer]:
         """Calibrated logits (N, C), each of the exit after a layer, as answers."""

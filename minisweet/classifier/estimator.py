@@ -123,7 +123,8 @@ class EarlyExitClassifier:
 
     def classify(self, texts: Iterable[str]) -> list[Answer]:
         """Classify N texts in their order. Raises InputError, naming the item's index from 0, for anything but text."""
-        return self.cascade.answer(texts)
+        cascade = self.cascade
+        return cascade.answer(cascade.tokenize(texts))
 
     def fit(
         self,
@@ -143,26 +144,20 @@ class EarlyExitClassifier:
         by itself. `unlabelled_groups` does so for `unlabelled`. With a `trunk`, X and y may be None. Until the new
         model is ready, the previous one answers. Raises InputError, naming the item, for what cannot be trained on.
         """
-        if unlabelled is None and unlabelled_groups is not None:
-            raise InputError("needs unlabelled", "unlabelled_groups")
-        if groups is not None and unlabelled is not None and unlabelled_groups is None:
-            LOG.warning("unlabelled_groups is missing, so each unlabelled text counts as a group by itself")
         if validation is not None and (not isinstance(validation, tuple | list) or len(validation) != 2):
             raise InputError("should be (texts, labels)", "validation")
         X, y = ([], []) if X is None and self.trunk else (X, y)
-        rows = rows_of(X, y, groups)
-        given = None if validation is None else rows_of(*validation)
-        if given and not given.first:
+        rows, given = rows_of(X, y, groups), rows_of(*(([], []) if validation is None else validation))
+        if validation is not None and not given.first:
             raise InputError("has no rows", "validation")
-        more = None if unlabelled is None else rows_of(unlabelled, None, unlabelled_groups, "unlabelled")
+        more = rows_of([] if unlabelled is None else unlabelled, None, unlabelled_groups, "unlabelled")
         gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() or self.device != "cpu" else ()
+        columns = {f"{name}_column": name for name in ("text", "label", "group")}  # of the files of `minisweet test`
         with report.telling(bool(self.verbose)), torch.random.fork_rng(gpus):
-            self.fit_rows("texts", rows, given, more)
+            self.fit_rows("texts", rows, given, more, **columns)
         return self
 
-    def fit_rows(
-        self, name: str, rows: Examples, given: Examples | None, unlabelled: Examples | None, **columns: str | None
-    ) -> None:
+    def fit_rows(self, name: str, rows: Examples, given: Examples, unlabelled: Examples, **columns: str | None) -> None:
         """Train, choose what to deploy, and replace the cascade. For the arguments see `train`."""
         options = check_options(**self.get_params())
         self._deploy(*train(name, rows, given, unlabelled, options, **columns), options)
@@ -220,22 +215,17 @@ class EarlyExitClassifier:
         Training and validation texts do not count; with `groups` (N), as in `fit`, one text of each new group does.
         Returns fields of `operating_point`, those of labels None if there are none, and the scores `per_class`.
         """
-        answers, told = self.ask_new(rows_of(X, y, groups), "X")
+        answers, told = self.ask_new(rows_of(X, y, groups))
         if "left out" in told:
             LOG.warning(told)
         measured = measure(self.cascade.threshold, answers)
         of_labels = "score score_interval full_depth full_depth_interval macro_f1 per_class".split()
         return measured if answers.is_labelled.any() else measured | dict.fromkeys(of_labels)
 
-    def ask_new(self, rows: Examples, source: object) -> tuple[Answers, str]:
-        """Both exits' answers to the rows that may test what was chosen, and a line on those left out.
-
-        Raises InputError, with the `source` of the rows, if no row is left.
-        """
-        cascade, record = self.cascade, self.record
-        texts, told = rows_to_test(cascade.tokenizer, rows, record, self.validation.texts.keys)
-        if not len(texts):
-            raise InputError(f"{source}: no row is left to test on: {told.partition('left out: ')[2]}")
+    def ask_new(self, rows: Examples) -> tuple[Answers, str]:
+        """Both exits' answers to the rows that may test what was chosen, and a line on those left out."""
+        cascade = self.cascade
+        texts, told = rows_to_test(cascade.tokenizer, rows, self.record, self.validation.texts.keys)
         logits = cascade.ask_both(texts, cascade.batch_size)
         return answers_of(logits, cascade.rule, texts.labels, texts.keys), told
 
@@ -245,12 +235,10 @@ class EarlyExitClassifier:
         return [explain(cascade, text) for text in texts_of(texts).first]
 
     def export(self, path: str | Path, *, int8: bool = False) -> list[str]:
-        """Write one ONNX file with early exit as it was chosen. Its name must end in .onnx.
+        """Write one ONNX file with early exit as it was chosen.
 
         Returns the lines that `minisweet export` prints. Raises InputError for a file that exists.
         """
-        if Path(path).suffix.lower() != ".onnx":
-            raise InputError(f"{path}: should end in .onnx")
         try:
             from minisweet.classifier.onnx import export_onnx
         except ImportError as error:

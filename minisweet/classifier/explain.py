@@ -25,7 +25,6 @@ from minisweet.texts import Texts
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_NGRAMS = 5  # on each side
-MOST_ROWS = 10_000  # rows of the page that have n-grams, so that it stays small
 
 
 def explain(cascade: Cascade, text: str) -> list[tuple[Answer, bool]]:
@@ -33,7 +32,7 @@ def explain(cascade: Cascade, text: str) -> list[tuple[Answer, bool]]:
     texts = cascade.tokenize([text])
     both, rule = cascade.ask_both(texts), cascade.rule
     logits = torch.cat([at_exit_0(both[0], rule), at_full_depth(both[0], both[1], rule)])  # (2, C)
-    first, last = cascade.as_answers(logits, (0, cascade.depth))
+    first, last = cascade.as_answers(logits, (0, cascade.model.encoder.depth))
     may_leave = leaves(logits[0].softmax(-1).amax(), cascade.threshold, 1 / logits.shape[1])
     return [(first._replace(words=word_scores(cascade, texts, 0)), bool(may_leave)), (last, True)]
 
@@ -92,20 +91,17 @@ def write_page(path: Path, cascade: Cascade, point: OperatingPoint, record: Name
     answers = answers_of(logits, point.rule, texts.labels, texts.keys)
     full = at_full_depth(logits[0], logits[1], point.rule).softmax(-1).amax(-1)
     thresholds = sorted({lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > lowest)})
-    right = answers.scored().labels
+    right = answers.labels  # all or none of these rows have one
     classes = np.stack([answers.early, answers.full])  # (2, N)
-    rows = range(min(MOST_ROWS, len(texts)))
-    words = (word_scores(cascade, texts, row) for row in progress(rows, desc="exit 0", unit="text"))
+    words = (word_scores(cascade, texts, row) for row in progress(range(len(texts)), desc="exit 0", unit="text"))
     data: dict[str, Any] = {
         "scores": (100 * (answers.decide_at(thresholds) == right).mean(1)).tolist(),
         "speedup_ratios": answers.stay_at(thresholds).mean(1).tolist(),
-        "exit_scores": (100 * (classes == right).mean(1)).tolist(),
         "task": record.task,
         "labels": list(map(str, record.labels)),
         "depth": record.depth,
         "model": Path(record.arguments["trunk"] or record.arguments["model"]).name,
         "thresholds": thresholds,
-        "lowest": lowest,
         "point": asdict(point) | {"promise": report.what_is_promised(point), "metric": report.metric_of(point)},
         "metric": "accuracy" if has_labels else "agreement with full depth",
         "sentences": texts.examples.first,

@@ -55,49 +55,35 @@ def fit(words: list[str]) -> None:
     option("file", nargs="?", type=Path, metavar="FILE", help="labelled texts: .csv, .tsv or .jsonl")
     option("--unlabelled", type=Path, action="append", default=[], metavar="FILE", help="more texts; repeatable")
     option("--text-columns", help="the column of texts (default: text or sentence)")
-    option("--label-column", metavar="NAME", help="(default: label)")
+    option("--label-column", default="label", metavar="NAME", help="(default: %(default)s)")
     option("--group-column", metavar="NAME", help="rows of one value, such as a thread, stay together")
     option("--dev-data", type=Path, metavar="FILE", help="validation rows (default: rows of FILE set aside)")
     option("--out", type=Path, help="run folder (default: runs/<the name of FILE>)")
     option("--overwrite", action="store_true", help="replace the run in --out when the new one is trained")
     args = parser.parse_args(words)
-    given = typed(args)
-    classify = EarlyExitClassifier(**given)
-    check_options(**classify.get_params())
+    options = typed(args)
+    classify = EarlyExitClassifier(**options)
     for name in ("model", "lr", "epochs"):
-        if name in given and "trunk" in given:
+        if name in options and "trunk" in options:
             raise InputError(BESIDE_TRUNK, name)
-    if "dev_size" in given and (args.dev_data or not args.file):
-        raise InputError("needs a split of FILE, not --dev-data", "dev_size")
-    if args.label_column is not None and not (args.file or args.dev_data):
-        raise InputError("needs FILE or --dev-data", "label_column")
-    if not args.file and not ("trunk" in given and args.unlabelled):
+    if not args.file and not ("trunk" in options and args.unlabelled):
         raise InputError("FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE")
-    out = args.out or Path("runs") / (args.file or args.unlabelled[0]).stem
+    first = args.file or args.unlabelled[0]
+    out = args.out or Path("runs") / first.stem
     check_output(out, args.overwrite)
-    fit_files(classify, args)
-    check_output(out, args.overwrite)  # again, since training takes a while
+    column = text_column(first, args.text_columns)
+    columns = {"text_column": column, "label_column": args.label_column, "group_column": args.group_column}
+
+    def read(file: Path | None, label: str | None) -> Examples:
+        if file is None:
+            return joined()
+        return read_texts(file, text_column(file, args.text_columns, column), label, args.group_column)
+
+    rows, given = (read(file, args.label_column) for file in (args.file, args.dev_data))
+    unlabelled = joined(*(read(file, None) for file in args.unlabelled))
+    classify.fit_rows(first.stem, rows, given, unlabelled, **columns)
     classify.save(out, args.overwrite)
     print_choice(out, classify)
-
-
-def fit_files(classify: EarlyExitClassifier, args: Namespace) -> None:
-    """Train on the files that `fit` names."""
-    first = args.file or args.unlabelled[0]
-    label = "label" if args.label_column is None else args.label_column
-    column = text_column(first, args.text_columns)
-    if args.file and label == column:
-        raise InputError(f"{column}, should not be the label column", "text_columns")
-
-    def read(file: Path, label: str | None) -> Examples:
-        own = column if file is first else text_column(file, args.text_columns, column)
-        return read_texts(file, own, label, args.group_column)
-
-    rows = read(first, label) if args.file else Examples([], None, None, names=[])
-    given = read(args.dev_data, label) if args.dev_data else None
-    unlabelled = joined(*(read(file, None) for file in args.unlabelled)) if args.unlabelled else None
-    columns = {"text_column": column, "label_column": label if args.file or given else None}
-    classify.fit_rows(first.stem, rows, given, unlabelled, **columns, group_column=args.group_column)
 
 
 def choose(words: list[str]) -> None:
@@ -133,16 +119,14 @@ def test(words: list[str]) -> None:
     classify = EarlyExitClassifier.load(args.run, **typed(args))
     record, there = classify.record, all_columns(args.file)
     column = text_column(args.file, args.text_columns, record.text_column)
-    label = next((name for name in (record.label_column, "label") if name in there), None)
+    label, group = (name if name in there else None for name in (record.label_column, record.group_column))
     if label == "label" and "exit_layer" in there and "predicted_label" not in there:
         raise InputError(f"{args.file}: its column label was written by predict, should hold the true labels")
-    group = record.group_column if record.group_column in there else None
-    if label != (named := record.label_column or "label"):
-        others = "the labels are those of column label" if label else "all rows count as unlabelled"
-        print(f"{args.file}: no column {named}, so {others}")
+    if not label:
+        print(f"{args.file}: no column {record.label_column}, so all rows count as unlabelled")
     if record.training_groups + record.validation_groups and not group:
         print(f"{args.file}: no column {record.group_column or 'of groups'}, so each row counts by itself")
-    answers, told = classify.ask_new(read_texts(args.file, column, label, group), args.file)
+    answers, told = classify.ask_new(read_texts(args.file, column, label, group))
     print(f"{args.file}: {told}\n")
     print(*report.comparison(*classify.deployed, answers), sep="\n")
 
@@ -176,8 +160,7 @@ def predict(words: list[str]) -> None:
     with row_writer(args.out, there + added) as write, progress(unit="row", desc="predict") as bar:
         while chunk := list(islice(rows, WINDOW)):
             texts = cascade.tokenize([cell(args.file, line, row, column) for line, row in chunk])
-            logits, layers = cascade.decide(texts)
-            for (_, row), answer in zip(chunk, cascade.as_answers(logits, layers.tolist()), strict=True):
+            for (_, row), answer in zip(chunk, cascade.answer(texts), strict=True):
                 confidence, *each = (round(p, 9) for p in (answer.confidence, *answer.probabilities.values()))
                 write(row | dict(zip(added, [answer.label, confidence, answer.exit_layer, *each], strict=True)))
                 left[answer.exit_layer] += 1

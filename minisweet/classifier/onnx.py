@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,23 +101,6 @@ early_exit (int64[batch, tokens] input_ids, int64[batch, tokens] attention_mask,
 """
 
 
-def write_graph(model: FullModel, bag: NgramExit) -> ModelProto:
-    """The whole graph. Besides the inputs of the file it has the NUMBERS. The model is without dropout from then on.
-
-    Training mode selects the attention with fewer nodes.
-    """
-    for module in model.requires_grad_(False).train().modules():
-        if isinstance(module, Dropout):
-            module.p = 0.0
-    C, depth = len(bag.bias), len(model.encoder.layers)
-    text = GRAPH.replace("CLASSES", str(C)).replace("LOWEST", f"{np.float32(1 / C):.9g}").replace("DEPTH", str(depth))
-    file = onnx.parser.parse_model(text)
-    for op, step in (("Bag", bag), ("Model", model)):
-        for graph in graphs_in(file.graph):
-            insert(graph, op, step)
-    return file
-
-
 def insert(graph: GraphProto, op: str, step: nn.Module) -> None:
     """Put the nodes of a function of tokens in the place of a node, if the graph has it."""
     for place, node in enumerate(graph.node):
@@ -145,17 +128,26 @@ def graphs_in(graph: GraphProto) -> Iterator[GraphProto]:
 
 
 def export_graph(model: FullModel, bag: NgramExit, threshold: float, rule: Rule, int8: bool) -> ModelProto:
-    """The graph of a bag of words and a model, with a threshold and a rule.
+    """The graph of a bag of words and a model, with a threshold and a rule. The model loses its dropout.
 
     With `int8` weights have eight bits, with a scale per column. Only seven bits are used: with all eight, products
     overflow on processors without VNNI. The bag of words stays as it is: one scale for its whole table would change its
     answers. All texts of a batch would share one scale of activations, so that an int8 file takes one text at a time.
     """
+    for module in model.requires_grad_(False).train().modules():  # training selects the attention with fewer nodes
+        if isinstance(module, Dropout):
+            module.p = 0.0
+    C, depth = len(bag.bias), model.encoder.depth
+    text = GRAPH.replace("CLASSES", str(C)).replace("LOWEST", f"{np.float32(1 / C):.9g}").replace("DEPTH", str(depth))
+    file = onnx.parser.parse_model(text)  # whose inputs are those of the file, and the NUMBERS
+
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporters say much about themselves
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
-        file = write_graph(model, bag)
+        for graph in graphs_in(file.graph):
+            insert(graph, "Bag", bag)
+            insert(graph, "Model", model)
         optimizer.fold_constants(file)
         optimizer.remove_unused_nodes(file)
         if int8:
@@ -193,11 +185,10 @@ def export_onnx(
     Returns the lines that `minisweet export` prints. Raises InputError if `out` exists, or more than one float32
     answer, and more than 0.1% of them, differ from the model's.
     """
-    model, bag = copy.deepcopy((cascade.model, cascade.bag))  # which go on answering on their device
+    model, bag, tokenizer = copy.deepcopy((cascade.model, cascade.bag, cascade.tokenizer))  # which others still use
     cascade = replace(cascade, model=model.cpu(), bag=bag.cpu(), device=torch.device("cpu"), precision=None)
-    cascade, texts = replace(cascade, threshold=point.threshold), validation.texts
-    judging = np.flatnonzero(validation.roles == JUDGES)
-    tried = texts.take(judging if len(judging) else np.arange(len(texts)))
+    cascade = replace(cascade, threshold=point.threshold)
+    tried = validation.texts.take(np.flatnonzero(validation.roles == JUDGES))
     with written_beside(out, overwrite=False) as new:
         logits, layers = cascade.decide(tried)
         file = export_graph(cascade.model, cascade.bag, point.threshold, point.rule, int8)
@@ -207,30 +198,17 @@ def export_onnx(
         differ = int(((probabilities.argmax(-1) != logits.argmax(-1).numpy()) | (found != layers.numpy())).sum())
         if 1000 * differ > max(1000, len(tried)) and not int8:
             raise InputError(f"--onnx: not written: {differ} of {len(tried)} answers are not the model's")
-        describe(file, cascade, point, record, int8)
+        pad = special_tokens(tokenizer)[2]
+        tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+        told = {"labels": record.labels, "max_length": record.arguments["max_length"], "threshold": point.threshold}
+        as_json = {key: json.dumps(value) for key, value in told.items()}
+        set_model_props(file, as_json | {"tokenizer": tokenizer.to_str()})
         new.write_bytes(file.SerializeToString())
         size = new.stat().st_size / 1e6
     cascade = replace(cascade, threshold=point.threshold)
     first = f"{out}: {'int8' if int8 else 'float32'}, {size:.1f} MB, by default at threshold {point.threshold:.6g}"
     second = f"{len(tried):,} validation rows, one by one: {differ:,} answers or exits are not the model's"
     return [first, second, report.promise_of(cascade, point, record)]
-
-
-def describe(file: ModelProto, cascade: Cascade, point: OperatingPoint, record: Namespace, int8: bool) -> None:
-    """Write into a file, in place, what a program needs to run it."""
-    tokenizer = copy.deepcopy(cascade.tokenizer)
-    metadata = {
-        "labels": record.labels,
-        "exit_layers": [0, record.depth],
-        "max_length": record.arguments["max_length"],
-        "texts_at_once": 1 if int8 else None,  # None for any number
-        "threshold": point.threshold,
-        "goal": asdict(point.goal),
-    }
-    pad = special_tokens(tokenizer)[2]
-    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
-    as_json = {key: json.dumps(value) for key, value in metadata.items()}
-    set_model_props(file, as_json | {"tokenizer": tokenizer.to_str()})
 
 
 def choose_for_int8(

@@ -20,7 +20,6 @@ from minisweet.texts import Examples
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 TEXT_COLUMNS = ("text", "sentence")  # by default, in this order
-ONE_TEXT = "join the two texts into one, or train on pairs with train.py"
 to_json = partial(json.dumps, ensure_ascii=False)
 
 
@@ -119,7 +118,8 @@ def find_column(option: str, path: Path, *choices: str) -> str:
     if not columns:
         raise InputError(f"{path}: it has no rows")
     lacking, advice = " or ".join(dict.fromkeys(choices)), f"name one with {option}"
-    advice += f", or {ONE_TEXT}" * (option == "--text-columns")
+    if option == "--text-columns":
+        advice += ", or join the two texts into one, or train on pairs with train.py"
     raise InputError(f"{path}: no column {lacking}; it has {preview(columns)}; {advice}")
 
 
@@ -137,26 +137,27 @@ def cell(path: Path, line: int, row: dict, column: str) -> str:
 
 def read_texts(path: Path, column: str, label_column: str | None = None, group_column: str | None = None) -> Examples:
     """Read a file's texts, labels and groups. Rows without text are skipped and counted. Errors name the line."""
-    texts, labels, groups, empty = [], [], [], 0
     for option, named in (("--label-column", label_column), ("--group-column", group_column)):
         if named is not None:
             find_column(option, path, named)
+    texts, labels, groups = [], list[str | None](), list[str | None]()
     for line, row in read_rows(path):
-        text, names = cell(path, line, row, column), []
-        for named in (label_column, group_column):
+        texts.append(cell(path, line, row, column))
+        for named, values in ((label_column, labels), (group_column, groups)):
             try:
-                names.append(None if named is None else name_of(row.get(named)))
+                values.append(name_of(row.get(named)))
             except ValueError as error:
                 raise InputError(f"{path}, line {line}: {named!r:.60}: {error}") from None
-        if text.strip():
-            texts.append(text)
-            labels.append(names[0])
-            groups.append(names[1])
-        else:
-            empty += 1
-    if not texts:
+    rows = with_text(Examples(texts, None, None, groups=None if group_column is None else groups, names=labels))
+    if not rows.first:
         raise InputError(f"{path}: no rows with text in {column}")
-    return Examples(texts, None, None, groups=None if group_column is None else groups, names=labels, empty=empty)
+    return rows
+
+
+def with_text(rows: Examples) -> Examples:
+    """The rows that have text. The others are counted."""
+    kept = [row for row, text in enumerate(rows.first) if text.strip()]
+    return rows.take(kept)._replace(empty=len(rows.first) - len(kept))
 
 
 def joined(*parts: Examples) -> Examples:
@@ -190,9 +191,7 @@ def as_list(values: Any, title: str) -> list:
         values = list(values)
     array = np.asarray(values, dtype=object)
     if array.ndim == 2 and array.shape[1] != 1:
-        advice = f", such as df['text']; {ONE_TEXT}" * (title == "texts")
-        columns = f" ({preview(list(values.columns))})" if hasattr(values, "columns") else ""
-        raise InputError(f"{title}: has {array.shape[1]} columns{columns}, should have one{advice}")
+        raise InputError(f"{title}: has {array.shape[1]} columns, should have one, such as df['text']")
     if array.ndim not in (1, 2):
         raise InputError(f"{title}: {values!r:.80}, should be a list, such as [text] for one text")
     return [value.item() if isinstance(value, np.generic) else value for value in array.ravel()]
@@ -228,7 +227,4 @@ def rows_of(X: Any, y: Any = None, groups: Any = None, option: str = "") -> Exam
     names = [None] * len(texts) if y is None else labels_of(y, len(texts), "labels")
     if groups is not None:
         groups = list(map(name_of, labels_of(groups, len(texts), f"{option}_groups".lstrip("_"))))
-    kept = [row for row, text in enumerate(texts) if text.strip()]
-    if texts and not kept:
-        raise InputError("texts: all of them are empty")
-    return Examples(texts, None, None, groups=groups, names=names).take(kept)._replace(empty=len(texts) - len(kept))
+    return with_text(Examples(texts, None, None, groups=groups, names=names))

@@ -68,12 +68,9 @@ def new_record(
         program=PROGRAM,
         arguments={name: value for name, value in vars(options).items() if name in ARGUMENTS},
         labels=labels,
-        head="linear" if isinstance(model.head, nn.Linear) else "pooler",
         depth=model.encoder.depth,
-        vocab_size=model.encoder.config.vocab_size,
         validation_rows=len(validating),
         validation=hash_of(lines_of(validating.examples, labels)),
-        weights=options.weights,
         trained_keys=sorted({*learned.keys.tolist(), *(trunk.trained_keys if trunk else ())}),
         training_groups=sorted({*groups, *(trunk.training_groups if trunk else ())}),
         validation_groups=sorted(validated - groups),
@@ -107,12 +104,10 @@ def save_choice(folder: Path, point: OperatingPoint, validation: Validation) -> 
 
 
 def lines_of(examples: Examples, labels: list) -> str:
-    """The lines of validation.jsonl. The label of a row without one is null."""
-    names = [*labels, None]  # index -1 is None
-    columns: dict[str, Any] = {"text": examples.first, "label": [names[label] for label in examples.labels or ()]}
-    if examples.groups:
-        columns["group"] = examples.groups
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    """The lines of validation.jsonl. The label, or the group, of a row without one is null."""
+    names = [[*labels, None][label] for label in examples.labels or ()]  # index -1 is None
+    columns = examples.first, names, examples.groups or [None] * len(names)
+    rows = [dict(zip(("text", "label", "group"), row, strict=True)) for row in zip(*columns, strict=True)]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -121,11 +116,10 @@ def read_record(folder: Path) -> Namespace:
     if not (folder / RECORD).is_file():
         raise InputError(f"{folder}: no run here (it has no {RECORD}); train one with minisweet fit")
     content = read_json(folder / RECORD)
-    if content.get("program") == PROGRAM:
-        return Namespace(**content)
-    if content.get("fit"):
-        raise InputError(f"{folder}: a run of an earlier version of minisweet; train it again")
-    raise InputError(f"{folder}: a run of train.py, which is evaluated by: python evaluate.py {folder}")
+    if content.get("program") != PROGRAM:
+        other = f"or a run of train.py, which is evaluated by: python evaluate.py {folder}"
+        raise InputError(f"{folder}: of an earlier version of minisweet fit, {other}")
+    return Namespace(**content)
 
 
 def check_id(path: Path, run_id: str) -> Path:
@@ -145,7 +139,7 @@ def load_model(folder: Path, record: Namespace) -> FullModel:
     slices, _ = open_weights(check_id(folder / WEIGHTS, record.id).parent)
     with no_initial_weights():
         encoder, C = new_encoder(read_config(folder), record.depth), len(record.labels)
-        is_linear = record.head == "linear"
+        is_linear = "head.weight" in slices
         model = FullModel(encoder, nn.Linear(encoder.config.hidden_size, C) if is_linear else ExitHead(encoder, C))
     load_strict(model, slices, folder)
     return model.eval()
@@ -160,10 +154,11 @@ def load_cascade(folder: Path, options: Namespace) -> tuple[Namespace, Cascade, 
     record, point = read_record(folder), read_dataclass(OperatingPoint, folder / OPERATING)
     if point.id != record.id:
         raise InputError(f"{folder / OPERATING}: {OF_ANOTHER}")
-    bag = NgramExit(record.vocab_size, len(record.labels), [])
-    bag.load_state_dict(load_file(check_id(folder / BAG, record.id)))
-    tokenizer = load_tokenizer(folder, record.vocab_size, record.arguments["max_length"])
     model = load_model(folder, record).to(options.place)
+    size = model.encoder.config.vocab_size
+    bag = NgramExit(size, len(record.labels), [])
+    bag.load_state_dict(load_file(check_id(folder / BAG, record.id)))
+    tokenizer = load_tokenizer(folder, size, record.arguments["max_length"])
     threshold = point.threshold if options.threshold is None else in_float32(options.threshold)
     parts = tokenizer, record.labels, bag.to(options.place), model, point.rule, threshold
     cascade = Cascade(*parts, options.place, options.precision, options.batch_size)

@@ -55,15 +55,14 @@ def numbers_of(labels: Sequence[Any]) -> dict[str | None, int]:
     return {name_of(label): number for number, label in enumerate(labels)} | {None: -1}
 
 
-def class_numbers(names: Sequence[Any], labels: Sequence[Any], trunk: str | None = None) -> np.ndarray:
+def class_numbers(names: Sequence[Any], labels: Sequence[Any]) -> np.ndarray:
     """The class of each row (N,), -1 for a row without a label. Labels are compared as text.
 
-    Raises InputError for a label that is not in `labels`, which are those of the `trunk` or of the rows to learn from.
+    Raises InputError for a label that is not in `labels`, which are those of the trunk or of the rows to learn from.
     """
     numbers = numbers_of(labels)
     if unknown := [name for name in names if name_of(name) not in numbers]:
-        who = f"{trunk} does not know" if trunk else "no row to learn from has"
-        raise InputError(f"{who} the label {unknown[0]!r:.60} of a row; should be one of {preview(labels)}")
+        raise InputError(f"the label {unknown[0]!r:.60} of a row is not learned, should be one of {preview(labels)}")
     return np.array([numbers[name_of(name)] for name in names], dtype=np.int64)
 
 
@@ -147,10 +146,8 @@ def split_rows(
         if lacking := [labels[n] for n in np.setdiff1d(numbers[labelled], numbers[side])]:
             advice = f"so {effect}; add rows of it, or merge it with another label"
             LOG.warning("no row to %s has the label %s, %s", purpose, preview(lacking), advice)
-    # Unlabelled rows may come from another source than those that are given to validate on.
-    answered, judging = deal_unlabelled(
-        texts.keys, units, unlabelled, learning, validating, 0 if given else MOST_JUDGES
-    )
+    most = 0 if given else MOST_JUDGES  # as unlabelled rows may come from another source than the given ones
+    answered, judging = deal_unlabelled(texts.keys, units, unlabelled, learning, validating, most)
     if not len(learning) + len(answered):
         raise InputError(f"{name}: no text is left to learn from: all of them validate too")
     if len(unlabelled):
@@ -197,7 +194,7 @@ def deal_roles(keys: np.ndarray, units: np.ndarray, labels: np.ndarray) -> np.nd
 def rows_to_test(tokenizer: Tokenizer, rows: Examples, record: Namespace, validating: np.ndarray) -> tuple[Texts, str]:
     """The rows that may test what was chosen, one of each unit, and a line on those left out: how many, and why.
 
-    `record` is that of the run, and `validating` the keys of its validation texts.
+    `record` is that of the run, and `validating` the keys of its validation texts. Raises InputError if none is left.
     """
     numbers = numbers_of(record.labels)
     names = list(map(name_of, rows.names or ()))
@@ -213,6 +210,8 @@ def rows_to_test(tokenizer: Tokenizer, rows: Examples, record: Namespace, valida
     ):
         reasons += [f"{(is_out & left).sum():,} {reason}"] * int((is_out & left).any())
         left &= ~is_out
+    if not left.any():
+        raise InputError(f"no row is left to test on: {', '.join(reasons)}")
     texts = texts.take(np.flatnonzero(left))
     represents = one_of_each(units_of(texts), texts.keys)
     reasons += [f"{(~represents).sum():,} in a group for which another row stands"] * int(not represents.all())

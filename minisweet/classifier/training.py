@@ -38,7 +38,6 @@ from minisweet.classifier.probe import FullModel, fit_probe, load_classifier
 from minisweet.classifier.rows import joined
 from minisweet.defaults import default_batch_size, default_epochs, default_learning_rate
 from minisweet.hub import model_folder
-from minisweet.loading import WEIGHTS
 from minisweet.texts import Examples, Texts, load_tokenizer, special_ids
 
 MAX_LENGTH = 256  # tokens, by default
@@ -59,7 +58,6 @@ KINDS = {  # the options that are not text, by what reads them in a shell
     "amp": checked(str, lambda word: word in AMP_CHOICES, f"one of {', '.join(AMP_CHOICES)}"),
 }
 DEPLOYMENT = {"threshold": None, "batch_size": 32, "device": "auto", "amp": "auto"}  # options of a run that is loaded
-OF_LISTS = {"text_column": "text", "label_column": "label", "group_column": "group"}  # where a run of lists reads files
 BY_DEFAULT_NONE = ("lr", "epochs", "batch_size", "max_length", "threshold")
 BESIDE_TRUNK = "cannot stand beside a trunk: nothing but the bag of words is trained then"
 DIVERGED = "at {:g} the loss became infinite or NaN at step {}; try a lower one"
@@ -82,7 +80,7 @@ def check_options(**given: Any) -> Namespace:
 
 
 def train(
-    name: str, rows: Examples, given: Examples | None, unlabelled: Examples | None, options: Namespace, **columns: Any
+    name: str, rows: Examples, given: Examples, unlabelled: Examples, options: Namespace, **columns: Any
 ) -> tuple[Namespace, Cascade, run.Validation]:
     """Train on your own text. Returns the record, a cascade without a rule, and the validation rows.
 
@@ -91,27 +89,24 @@ def train(
     or training diverges.
     """
     # 1. What the training starts from: public weights, or a trunk, whose layers stay as they are.
-    examples = joined(*filter(None, (rows, unlabelled, given)))
+    examples = joined(rows, unlabelled, given)
     classes = split.classes_of(rows.names or (), examples.names or ())
     model, tokenizer, labels, trunk = start_from(options, name, classes)
 
     # 2. Who learns, who chooses and who judges.
-    numbers = split.class_numbers(examples.names or (), labels, options.trunk)
+    numbers = split.class_numbers(examples.names or (), labels)
     texts = Texts(tokenizer, examples._replace(labels=numbers.tolist()))
     units, known = split.units_of(texts), np.zeros(len(texts), dtype=bool)
     if trunk:
         known = np.isin(texts.keys, trunk.trained_keys) | split.in_groups(examples, trunk.training_groups)
-    count = len(given.first) if given else 0
-    sides = split.split_rows(name, texts, units, labels, count, options.dev_size, known)
+    sides = split.split_rows(name, texts, units, labels, len(given.first), options.dev_size, known)
     labelled, answered, validating = sides
-    if unlabelled and unlabelled.first and not len(answered):
-        raise InputError("no text is left: all of them are also labelled, or set aside", "unlabelled")
     learned, side = texts.take(np.concatenate([labelled, answered])), texts.take(validating)
     own_units = split.lowest(side.keys, np.unique(units[validating], return_inverse=True)[1])  # by a key that validates
     roles = split.deal_roles(side.keys, own_units, side.labels)
     if not (roles == split.JUDGES).any():
         raise InputError(f"{name}: too few validation texts: one has to choose, and another one to judge")
-    about = OF_LISTS | columns | {"task": name, "set_aside": 1.0 if given else options.dev_size}
+    about = columns | {"task": name, "set_aside": 1.0 if given.first else options.dev_size}
     about["rows_per_unit"] = [len(n) / max(1, len(np.unique(n))) for n in (units[numbers >= 0], units[numbers < 0])]
     record = run.new_record(options, model, labels, learned, side, trunk, **about)
     if examples.empty:
@@ -119,12 +114,10 @@ def train(
     report.before_training(record, options, learned, side, roles)
 
     # 3. The model and the bag of words learn.
-    started = time.perf_counter()
     embeddings = model.encoder.word_embeddings.weight.detach().clone()  # (V, D), before they are trained
-    losses = {} if options.trunk else train_model(model, learned, len(labelled), options)
-    bag = NgramExit(record.vocab_size, len(labels), special_ids(tokenizer))
+    record.losses = {} if options.trunk else train_model(model, learned, len(labelled), options)
+    bag = NgramExit(len(embeddings), len(labels), special_ids(tokenizer))
     train_bag(bag, model, learned, len(labelled), embeddings, options)
-    record.losses, record.seconds = losses, round(time.perf_counter() - started, 1)
 
     # 4. Both answer the validation rows.
     record.id = run.id_of(model, bag, labels, record.validation)
@@ -146,19 +139,17 @@ def start_from(options: Namespace, name: str, labels: list) -> tuple[FullModel, 
         LOG.info("no layer is trained: the trunk stays as it is, but its bag of words no longer adds to its answers")
     elif trunk:
         model, labels = load_classifier(folder)
-        LOG.info("no layer is trained: the trunk stays as it is")
     elif labels:
         encoder = load_encoder(folder, pooling="mean")
         model = FullModel(encoder, nn.Linear(encoder.config.hidden_size, len(labels)))
         options.lr = options.lr or default_learning_rate(encoder.config)
     else:
-        raise InputError(f"{name}: no row has a label")
+        raise InputError(f"{name}: no row has a text and a label")
     config, length = model.encoder.config, record and record.arguments["max_length"]
     if options.max_length and length and options.max_length != length:  # the keys of cut texts would change
         raise InputError(f"{options.max_length}, should be {length}, as of the trunk {trunk}", "max_length")
     options.max_length = options.max_length or length or min(MAX_LENGTH, config.max_tokens)
     options.batch_size = options.batch_size or default_batch_size(config)
-    options.weights = run.hash_of((folder / WEIGHTS).read_bytes())
     return model, load_tokenizer(folder, config.vocab_size, options.max_length, config.max_tokens), labels, record
 
 
@@ -224,10 +215,8 @@ def fine_tune(
     InputError if a loss, or a trained parameter, is infinite or NaN.
     """
     device, rate, of_row, losses = options.place, options.lr, torch.from_numpy(targets), list[float]()
-    precision, steps = (
-        choose_precision(options.amp, device, training=True),
-        epochs * ceil(len(texts) / options.batch_size),
-    )
+    precision = choose_precision(options.amp, device, training=True)
+    steps = epochs * ceil(len(texts) / options.batch_size)
     LOG.info("%s: %d epochs, lr %g, %s, %s", title, epochs, rate, device_name(device), precision or torch.float32)
     model.to(device).train()
     with fast.used_rows(model.encoder.word_embeddings, texts) as few, progress(total=steps, desc=title) as bar:
