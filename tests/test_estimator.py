@@ -133,6 +133,7 @@ BAD = [
     (*GOOD, {"max_lost": float("nan")}, "max_lost: 'nan', should be a number from 0.01 to 99.99"),
     (*GOOD, {"groups": ["a"]}, "groups: 1, should be as many as the texts, 40"),
     (*GOOD, {"unlabelled": ["a"], "unlabelled_groups": "a"}, "unlabelled_groups: 'a', should be a list"),
+    (*GOOD, {"unlabelled_groups": ["a"]}, "unlabelled_groups: needs unlabelled"),
     ([" "] * 40, GOOD[1], {}, "texts: no row has a text and a label"),
     (*GOOD, {"validation": ([], [])}, "validation: has no rows"),
     (*GOOD, {"validation": (["a"],)}, "validation: should be (texts, labels)"),
@@ -211,7 +212,7 @@ def test_verbose_tells_and_else_it_is_silent_on_a_terminal_too(new, capsys, monk
     assert classify.get_params()["verbose"] == 1
 
 
-def test_what_the_commands_do_is_done_from_python(new):
+def test_what_the_commands_do_is_done_from_python(new, tmp_path):
     texts, labels = opinions_of(slice(100))
     classify = new().fit(texts, labels)
     assert classify.summary().splitlines()[-1] == classify.promise
@@ -224,6 +225,7 @@ def test_what_the_commands_do_is_done_from_python(new):
     assert classify.test([f"{text} ." for text in others[0]], [None] * 100)["score"] is None
     first, last = (explained[-1][0] for explained in classify.explain(texts[:2]))
     assert [first.exit_layer, last.exit_layer] == [4, 4]
+    assert refused(classify.export, tmp_path / "other").endswith("other: should end in .onnx")
 
 
 def test_the_commands_take_a_run_that_python_saved(new, tmp_path, command):

@@ -112,7 +112,7 @@ def test_another_file_is_tested_beside_what_was_stated(copied, run_of, command):
         write_rows(Path("few.csv"), new[:rows], "text", "label")
         assert f"60% sure; {said}\n" in command(check, copied, "few.csv")[1]
     classify = EarlyExitClassifier.load(copied)
-    answers, _ = classify.ask_new(Examples(texts, None, None, names=labels))
+    answers, _ = classify.ask_new(Examples(texts, None, None, names=labels), "")
     wrong = answers._replace(confidence=torch.ones(len(texts)), early=1 - answers.full, labels=answers.full)
     lines = comparison(*classify.deployed, wrong)
     assert "60% sure; not held here: by chance, or these texts come from another source" in "\n".join(lines)

@@ -156,7 +156,8 @@ def test_file_tells_what_it_is_and_the_guides_python_runs_it(chosen, tmp_path):
     assert promised.startswith("On ")
     assert classify.export(tmp_path / "a.onnx", int8=True)[0].startswith(f"{tmp_path}/a.onnx: int8")
     told = session_of(file).get_modelmeta().custom_metadata_map
-    expected = {"labels": record.labels, "max_length": 32, "threshold": point.threshold}
+    expected = {"labels": record.labels, "exit_layers": [0, 4], "max_length": 32, "goal": vars(point.goal)}
+    expected |= {"threshold": point.threshold, "texts_at_once": None}
     assert {key: json.loads(value) for key, value in told.items() if key != "tokenizer"} == expected
 
     guide = (CHECKOUT / "minisweet/classifier/README.md").read_text(encoding="utf-8")
@@ -199,6 +200,7 @@ def test_int8_promises_anew_against_its_own_full_depth(own_run, run_of, tmp_path
     assert json.loads(told["threshold"]) == pytest.approx(point.threshold, abs=1e-4) != 1
     assert threshold == pytest.approx(json.loads(told["threshold"]))
     assert what_is_promised(point) in out
+    assert told["texts_at_once"] == "1"
 
 
 @pytest.mark.slow

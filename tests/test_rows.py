@@ -116,7 +116,7 @@ def test_labels_are_names_sorted_by_number_where_all_are_numbers(tmp_path):
     assert classes_of(["10", None, "2", "1e1", "0", "-0.5"]) == ["-0.5", "0", "2", "10", "1e1"]
     assert class_numbers(names, classes_of(names)).tolist() == [3, 3, 3, 4, 0, 2, 2, 1, 5, 6, -1, -1, -1]
     error = refused(class_numbers, names, ["x", "y"])
-    assert error == "the label '1' of a row is not learned, should be one of x, y"
+    assert error == "a row has the label '1', should be one of x, y"
 
 
 def test_what_is_no_list_of_texts_is_refused():

@@ -162,7 +162,7 @@ def test_the_classes_of_own_text_and_of_a_trunk(own):
     sides = own(texts, names, dev=dev, labels=["yes", "other", "no"])
     assert (sides.train.labels.tolist(), sides.validation.labels.tolist()) == ([2, 0], [0, 2])
     error = refused(class_numbers, names, ["LABEL_0", "no"])
-    assert error == "the label 'yes' of a row is not learned, should be one of LABEL_0, no"
+    assert error == "a row has the label 'yes', should be one of LABEL_0, no"
 
 
 @pytest.mark.parametrize("labels", [["a\0", "a"], ["a\0", "b"], [2**53, 2**53 + 1, 0.5]])

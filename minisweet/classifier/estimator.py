@@ -144,6 +144,10 @@ class EarlyExitClassifier:
         by itself. `unlabelled_groups` does so for `unlabelled`. With a `trunk`, X and y may be None. Until the new
         model is ready, the previous one answers. Raises InputError, naming the item, for what cannot be trained on.
         """
+        if unlabelled is None and unlabelled_groups is not None:
+            raise InputError("needs unlabelled", "unlabelled_groups")
+        if groups is not None and unlabelled is not None and unlabelled_groups is None:
+            LOG.warning("unlabelled_groups is missing, so each unlabelled text counts as a group by itself")
         if validation is not None and (not isinstance(validation, tuple | list) or len(validation) != 2):
             raise InputError("should be (texts, labels)", "validation")
         X, y = ([], []) if X is None and self.trunk else (X, y)
@@ -215,17 +219,17 @@ class EarlyExitClassifier:
         Training and validation texts do not count; with `groups` (N), as in `fit`, one text of each new group does.
         Returns fields of `operating_point`, those of labels None if there are none, and the scores `per_class`.
         """
-        answers, told = self.ask_new(rows_of(X, y, groups))
+        answers, told = self.ask_new(rows_of(X, y, groups), "X")
         if "left out" in told:
             LOG.warning(told)
         measured = measure(self.cascade.threshold, answers)
         of_labels = "score score_interval full_depth full_depth_interval macro_f1 per_class".split()
         return measured if answers.is_labelled.any() else measured | dict.fromkeys(of_labels)
 
-    def ask_new(self, rows: Examples) -> tuple[Answers, str]:
+    def ask_new(self, rows: Examples, source: object) -> tuple[Answers, str]:
         """Both exits' answers to the rows that may test what was chosen, and a line on those left out."""
         cascade = self.cascade
-        texts, told = rows_to_test(cascade.tokenizer, rows, self.record, self.validation.texts.keys)
+        texts, told = rows_to_test(source, cascade.tokenizer, rows, self.record, self.validation.texts.keys)
         logits = cascade.ask_both(texts, cascade.batch_size)
         return answers_of(logits, cascade.rule, texts.labels, texts.keys), told
 
@@ -235,10 +239,12 @@ class EarlyExitClassifier:
         return [explain(cascade, text) for text in texts_of(texts).first]
 
     def export(self, path: str | Path, *, int8: bool = False) -> list[str]:
-        """Write one ONNX file with early exit as it was chosen.
+        """Write one ONNX file with early exit as it was chosen. Its name must end in .onnx.
 
         Returns the lines that `minisweet export` prints. Raises InputError for a file that exists.
         """
+        if Path(path).suffix.lower() != ".onnx":
+            raise InputError(f"{path}: should end in .onnx")
         try:
             from minisweet.classifier.onnx import export_onnx
         except ImportError as error:

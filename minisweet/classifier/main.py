@@ -66,12 +66,16 @@ def fit(words: list[str]) -> None:
     for name in ("model", "lr", "epochs"):
         if name in options and "trunk" in options:
             raise InputError(BESIDE_TRUNK, name)
+    if "dev_size" in options and (args.dev_data or not args.file):
+        raise InputError("needs a split of FILE, not --dev-data", "dev_size")
     if not args.file and not ("trunk" in options and args.unlabelled):
         raise InputError("FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE")
     first = args.file or args.unlabelled[0]
     out = args.out or Path("runs") / first.stem
     check_output(out, args.overwrite)
     column = text_column(first, args.text_columns)
+    if args.file and column == args.label_column:
+        raise InputError(f"{column}, should not be the label column", "text_columns")
     columns = {"text_column": column, "label_column": args.label_column, "group_column": args.group_column}
 
     def read(file: Path | None, label: str | None) -> Examples:
@@ -126,7 +130,7 @@ def test(words: list[str]) -> None:
         print(f"{args.file}: no column {record.label_column}, so all rows count as unlabelled")
     if record.training_groups + record.validation_groups and not group:
         print(f"{args.file}: no column {record.group_column or 'of groups'}, so each row counts by itself")
-    answers, told = classify.ask_new(read_texts(args.file, column, label, group))
+    answers, told = classify.ask_new(read_texts(args.file, column, label, group), args.file)
     print(f"{args.file}: {told}\n")
     print(*report.comparison(*classify.deployed, answers), sep="\n")
 

@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +201,8 @@ def export_onnx(
         pad = special_tokens(tokenizer)[2]
         tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
         told = {"labels": record.labels, "max_length": record.arguments["max_length"], "threshold": point.threshold}
+        told |= {"exit_layers": [0, record.depth], "goal": asdict(point.goal)}
+        told["texts_at_once"] = 1 if int8 else None  # None for any number
         as_json = {key: json.dumps(value) for key, value in told.items()}
         set_model_props(file, as_json | {"tokenizer": tokenizer.to_str()})
         new.write_bytes(file.SerializeToString())

@@ -62,7 +62,7 @@ def class_numbers(names: Sequence[Any], labels: Sequence[Any]) -> np.ndarray:
     """
     numbers = numbers_of(labels)
     if unknown := [name for name in names if name_of(name) not in numbers]:
-        raise InputError(f"the label {unknown[0]!r:.60} of a row is not learned, should be one of {preview(labels)}")
+        raise InputError(f"a row has the label {unknown[0]!r:.60}, should be one of {preview(labels)}")
     return np.array([numbers[name_of(name)] for name in names], dtype=np.int64)
 
 
@@ -191,10 +191,13 @@ def deal_roles(keys: np.ndarray, units: np.ndarray, labels: np.ndarray) -> np.nd
     return roles
 
 
-def rows_to_test(tokenizer: Tokenizer, rows: Examples, record: Namespace, validating: np.ndarray) -> tuple[Texts, str]:
+def rows_to_test(
+    source: object, tokenizer: Tokenizer, rows: Examples, record: Namespace, validating: np.ndarray
+) -> tuple[Texts, str]:
     """The rows that may test what was chosen, one of each unit, and a line on those left out: how many, and why.
 
-    `record` is that of the run, and `validating` the keys of its validation texts. Raises InputError if none is left.
+    `record` is that of the run, and `validating` the keys of its validation texts. Raises InputError, with the `source`
+    of the rows, if none is left.
     """
     numbers = numbers_of(record.labels)
     names = list(map(name_of, rows.names or ()))
@@ -211,7 +214,7 @@ def rows_to_test(tokenizer: Tokenizer, rows: Examples, record: Namespace, valida
         reasons += [f"{(is_out & left).sum():,} {reason}"] * int((is_out & left).any())
         left &= ~is_out
     if not left.any():
-        raise InputError(f"no row is left to test on: {', '.join(reasons)}")
+        raise InputError(f"{source}: no row is left to test on: {', '.join(reasons)}")
     texts = texts.take(np.flatnonzero(left))
     represents = one_of_each(units_of(texts), texts.keys)
     reasons += [f"{(~represents).sum():,} in a group for which another row stands"] * int(not represents.all())

@@ -101,6 +101,8 @@ def train(
         known = np.isin(texts.keys, trunk.trained_keys) | split.in_groups(examples, trunk.training_groups)
     sides = split.split_rows(name, texts, units, labels, len(given.first), options.dev_size, known)
     labelled, answered, validating = sides
+    if unlabelled.first and not len(answered):
+        raise InputError("no text is left: all of them are also labelled, or set aside", "unlabelled")
     learned, side = texts.take(np.concatenate([labelled, answered])), texts.take(validating)
     own_units = split.lowest(side.keys, np.unique(units[validating], return_inverse=True)[1])  # by a key that validates
     roles = split.deal_roles(side.keys, own_units, side.labels)
