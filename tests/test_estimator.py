@@ -125,7 +125,7 @@ BAD = [
     (GOOD[0], [1, "x"] * 20, {}, "labels: int and str are mixed, should be of one type"),
     (*GOOD, {"validation": (["a"], [1])}, "labels: int and str are mixed, should be of one type"),
     (GOOD[0], [HTTPStatus.OK] * 40, {}, "item 0: <HTTPStatus.OK: 200> is not a label, should be text or a number"),
-    (GOOD[0], ["x", "x\0"] * 20, {}, r"labels: NumPy changes some, or mixes them up: 'x', 'x\x00'; rename them"),
+    (GOOD[0], ["x", "y\0"] * 20, {}, r"labels: NumPy changes some, or mixes them up: 'x', 'y\x00'; rename them"),
     (*GOOD, {"dev_size": 200}, "dev_size: '200', should be "),
     (*GOOD, {"epochs": True}, "epochs: 'True', should be a whole number from 1 to "),
     (*GOOD, {"seed": None}, "seed: 'None', should be a whole number from 0 to "),
