@@ -78,20 +78,6 @@ def test_columns_are_in_the_order_of_numpy(new):
     assert classify.classes_[classify.predict_proba(texts).argmax(1)].tolist() == classify.predict(texts).tolist()
 
 
-@pytest.mark.parametrize(
-    ("names", "kind"), [([-1, 10], int), ([0.5, 2], float), ([np.True_, np.False_], bool), (["b", np.str_("a")], str)]
-)
-def test_labels_keep_their_type(new, tmp_path, names, kind):
-    texts, labels = opinions_of(slice(60))
-    labels = [None if n == 7 else names[label == "up"] for n, label in enumerate(labels)]
-    new().fit(texts, labels).save(tmp_path / "run")
-    classify = EarlyExitClassifier.load(tmp_path / "run")
-    assert ({*map(type, classify.cascade.labels)}, classify.classes_.tolist()) == ({kind}, sorted(names))
-    assert {answer.label for answer in classify.classify(texts)} <= {*names}
-    assert classify.predict(texts).dtype == classify.predict([]).dtype == classify.classes_.dtype
-    assert classify.predict_proba([]).shape == (0, 2)
-
-
 def test_without_labels_a_trunk_is_enough_and_its_labels_keep_their_type(new, tmp_path):
     texts, trunk = opinions_of(slice(80))[0], str(tmp_path / "trunk")
     new().fit(texts, [n % 3 for n in range(80)]).save(trunk)
