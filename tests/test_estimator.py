@@ -137,8 +137,9 @@ def test_a_second_fit_that_fails_leaves_the_first_model_whole(new, tmp_path, mon
     """Where the training diverges, and where it is over and choosing fails."""
     classify, texts = new().fit(*GOOD), GOOD[0]
     before = classify.classify(texts)
-    error = refused(classify.set_params(lr=1e30).fit, texts, ["x", "y"] * 20)
-    assert error.startswith("lr: at 1e+30 the loss became infinite or NaN")
+    for lr, size, step in ((1e30, 8, 2), (1e39, 64, 1)):  # no loss sees the last update
+        error = refused(classify.set_params(lr=lr, batch_size=size).fit, texts, ["x", "y"] * 20)
+        assert error == f"lr: at {lr:g} the loss became infinite or NaN at step {step}; try a lower one"
     with monkeypatch.context() as patch:
         patch.setattr("minisweet.classifier.estimator.choose", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
