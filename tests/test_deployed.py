@@ -12,8 +12,6 @@ from minisweet.base.files import read_json, write_json
 from minisweet.classifier.main import fit
 from tests.conftest import opinions, random_batch, refused, run, write_rows
 
-FILES = "bag_of_words.safetensors", "logits.safetensors", "model.safetensors", "operating.json", "validation.jsonl"
-
 
 def load(folder: Path) -> EarlyExitClassifier:
     return EarlyExitClassifier.load(folder, amp="off")
@@ -61,7 +59,9 @@ def two_runs(own_run, tmp_path_factory) -> list[Path]:
     return [folder / "a", folder / "b"]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name", "bag_of_words.safetensors logits.safetensors model.safetensors operating.json validation.jsonl".split()
+)
 def test_files_of_another_run_and_missing_ones_are_refused(two_runs, tmp_path, name):
     """Even if both runs have the same model."""
     (a, b), mixed = two_runs, tmp_path / "mixed"

@@ -34,7 +34,7 @@ def opinions_of(part: slice) -> tuple[list[str], list[str]]:
     return tuple(map(list, zip(*opinions(1000)[part], strict=True)))
 
 
-def test_the_example_of_its_docstring(new, own_run, tmp_path):
+def test_the_example_of_its_docstring(new, own_run):
     texts, labels = opinions_of(slice(100))
     classify = new(model=own_run.parent / "tiny")  # a path is text, too
     random_state = torch.get_rng_state()
@@ -45,13 +45,9 @@ def test_the_example_of_its_docstring(new, own_run, tmp_path):
     np.testing.assert_allclose(classify.predict_proba(texts).sum(1), 1, atol=1e-6)
     assert classify.score(texts, labels) == np.mean(classify.predict(texts) == np.array(labels)) > 0.8
     assert classify.choose(max_lost=20, sure=55).operating_point.goal == Goal(max_lost=20, sure=55)
-    classify.save(tmp_path / "run")
-    again = EarlyExitClassifier.load(tmp_path / "run", batch_size=7)
-    assert (again.operating_point, again.max_lost, again.epochs) == (classify.operating_point, 20, 1)
-    assert again.classify(texts) == classify.classify(texts)
     full = classify.choose(max_lost=0.01)
     assert {answer.exit_layer for answer in full.classify(texts)} == {4}
-    assert again.choose(max_lost=99).operating_point.share < 0.5
+    assert classify.choose(max_lost=99).operating_point.share < 0.5
 
 
 def test_scikit_learn_takes_it(new):
@@ -217,10 +213,8 @@ def test_what_the_commands_do_is_done_from_python(new, tmp_path):
 def test_the_commands_take_a_run_that_python_saved(new, tmp_path, command):
     texts, labels = opinions_of(slice(100))
     new().fit(texts, labels, groups=[n // 2 for n in range(100)]).save("run")
-    others = opinions(1000)[300:400]
-    write_rows(
-        tmp_path / "new.csv", [(*row, f"new {n // 4}") for n, row in enumerate(others)], "text", "label", "group"
-    )
+    others = [(*row, f"new {n // 4}") for n, row in enumerate(opinions(400)[300:])]
+    write_rows(tmp_path / "new.csv", others, "text", "label", "group")
     assert command(predict, "run", "new.csv", "--out", "p.csv")[0] == 0
     assert "\n25 rows, threshold" in command(check, "run", "new.csv")[1]
 

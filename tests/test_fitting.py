@@ -26,8 +26,6 @@ from minisweet.defaults import default_epochs
 from tests import conftest
 from tests.conftest import OWN, opinions, random_batch, write_classifier, write_model, write_rows
 
-QUICK = "--batch-size 512 --max-length 32".split()
-
 
 @pytest.fixture
 def fitted(command):
@@ -38,7 +36,7 @@ def fitted(command):
 
     def run_and_read(*arguments, file=("own.csv",)) -> str:
         model = [] if "--trunk" in arguments else ["--model", "tiny", "--epochs", 1, "--lr", "1e-3"]
-        status, out, err = command(fit, *file, *model, *QUICK, *arguments)
+        status, out, err = command(fit, *file, *model, "--batch-size", 512, "--max-length", 32, *arguments)
         assert status == 0, err
         return out + err
 

@@ -45,7 +45,6 @@ REFUSALS = [
     ("reproduce", "--model tiny --max-length 32 --lrs 1e-3 --exit-layers 1,9", "--exit-layers: 1,9, should increase"),
     ("reproduce", "--model tiny --max-length 32 --device gpu", "--device: 'gpu' is not available; should be auto, cpu"),
     ("gradients", "run", "run: a run of sweet on toy, exits after layers 1,2,4; should be of ee, with two"),
-    ("gradients", "ee --batches 9999", "--batches: 9999 of 16 rows, and toy has 200 other rows"),
     # own text
     ("fit", FIT, "FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE"),
     ("fit", f"empty.csv {FIT}", "empty.csv: it has no rows"),

@@ -90,9 +90,8 @@ def test_a_mount_point_and_a_folder_of_another_program_are_refused_before_traini
         (tmp_path / name).mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "mounted")
     monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "mounted")
-    assert "link is a mount point, which cannot be replaced; name a folder" in refused(
-        check_output, tmp_path / "link", False
-    )
+    error = refused(check_output, tmp_path / "link", False)
+    assert "link is a mount point, which cannot be replaced; name a folder" in error
     check_output(tmp_path / "mounted" / "run", False)
     (tmp_path / "other" / "run.json").write_text('{"of": "another program"}')
     assert "run.json is not that of a run; name another folder" in refused(check_output, tmp_path / "other", True)
