@@ -362,9 +362,6 @@ def run_of(tmp_path_factory):
     return finished
 
 
-# What the tests of own text use.
-
-
 def opinions(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """Different texts, each with a word that decides whether its label is up or down."""
     draw, found = Random(seed), {}

@@ -84,7 +84,6 @@ def test_validation_rows_that_were_cut_are_refused(own_run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "key", "value", "message"),
     [
-        ("operating.json", "id", "0", "operating.json: belongs to another run than run.json beside it"),
         ("operating.json", "share", "a", "operating.json: share is 'a', should be float"),
         ("run.json", "head", "pooler", "head.pooler.weight is missing and should be"),
         ("run.json", "program", "", "a run of train.py, which is evaluated by: python evaluate.py"),

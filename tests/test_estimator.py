@@ -6,6 +6,7 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -158,13 +159,6 @@ def test_a_copy_needs_neither_the_original_nor_its_folder(own_run, tmp_path, cop
         assert again.choose(max_lost=99).operating_point.share < 0.5
 
 
-def test_what_cannot_be_answered_is_named(own_run):
-    load = EarlyExitClassifier.load
-    assert refused(load(own_run).predict, ["a", None]) == "item 1: None, should be one text"
-    assert refused(load, own_run, amp="bfloat16").startswith("amp: 'bfloat16', should be one of auto, off")
-    assert refused(load, own_run, threshold=1.5) == "threshold: '1.5', should be a number from 0 to 1"
-
-
 def frame(*columns: list) -> object:
     """What a frame or a series of pandas is to us."""
     kind = type("Frame", (), {"__array__": lambda *_, **options: np.array(columns, dtype=object).T})
@@ -194,9 +188,9 @@ def test_verbose_tells_and_else_it_is_silent_on_a_terminal_too(new, capsys, monk
     assert classify.get_params()["verbose"] == 1
 
 
-def test_what_the_commands_do_is_done_from_python(new, tmp_path):
+def test_what_the_commands_do_is_done_from_python_and_they_take_its_run(new, tmp_path, command):
     texts, labels = opinions_of(slice(100))
-    classify = new().fit(texts, labels)
+    classify = new().fit(texts, labels, groups=[n // 2 for n in range(100)])
     assert classify.summary().splitlines()[-1] == classify.promise
     others = opinions_of(slice(300, 400))
     found = classify.test(*others)
@@ -208,21 +202,21 @@ def test_what_the_commands_do_is_done_from_python(new, tmp_path):
     first, last = (explained[-1][0] for explained in classify.explain(texts[:2]))
     assert [first.exit_layer, last.exit_layer] == [4, 4]
     assert refused(classify.export, tmp_path / "other").endswith("other: should end in .onnx")
-
-
-def test_the_commands_take_a_run_that_python_saved(new, tmp_path, command):
-    texts, labels = opinions_of(slice(100))
-    new().fit(texts, labels, groups=[n // 2 for n in range(100)]).save("run")
-    others = [(*row, f"new {n // 4}") for n, row in enumerate(opinions(400)[300:])]
-    write_rows(tmp_path / "new.csv", others, "text", "label", "group")
+    classify.save("run")
+    rows = [(*row, f"new {n // 4}") for n, row in enumerate(zip(*others, strict=True))]
+    write_rows(Path("new.csv"), rows, "text", "label", "group")
     assert command(predict, "run", "new.csv", "--out", "p.csv")[0] == 0
     assert "\n25 rows, threshold" in command(check, "run", "new.csv")[1]
 
 
-def test_before_it_is_trained_it_says_so(new, tmp_path):
+def test_what_cannot_be_answered_loaded_or_set_is_named(new, own_run, tmp_path):
     for call in (lambda: new().predict(["a"]), new().choose, lambda: new().save(tmp_path / "a")):
         assert "not trained yet; call fit, or EarlyExitClassifier.load" in refused(call)
     assert refused(new().set_params, max_loss=1).startswith("max_loss: unknown parameter, should be one of model, ")
+    load = EarlyExitClassifier.load
+    assert refused(load(own_run).predict, ["a", None]) == "item 1: None, should be one text"
+    assert refused(load, own_run, amp="bfloat16").startswith("amp: 'bfloat16', should be one of auto, off")
+    assert refused(load, own_run, threshold=1.5) == "threshold: '1.5', should be a number from 0 to 1"
 
 
 def test_any_number_of_texts_in_order(own_run):

@@ -70,18 +70,17 @@ def test_epochs_follow_from_what_is_learned(command, monkeypatch):
     for name in ("own", "more", "most"):
         conftest.write_table(Path(f"{name}.csv"), ["text", "label"], {"label": ["a", "b", "c"]})
     monkeypatch.setattr(training, "MOST_AGAIN", 400)
-    steps, titles, options = [], [], "--model tiny --max-length 32 --batch-size 4 --out run".split()
+    stages, options = [], "--model tiny --max-length 32 --batch-size 4 --out run".split()
 
     def record(model, texts, targets, epochs: int, options, title: str) -> list:
-        steps.append(epochs * -(-len(texts) // options.batch_size))
-        titles.append(title)
+        stages.append((title, epochs * -(-len(texts) // options.batch_size)))
         return []
 
     monkeypatch.setattr(training, "fine_tune", record)
     status, _, err = command(fit, *"own.csv --unlabelled more.csv --unlabelled most.csv".split(), *options)
     assert status == 0, err
-    assert titles == ["fine-tuning", "learning from its own answers"]
-    assert steps == [default_epochs(EPOCHS, STEPS, 240, 4) * 60, EPOCHS_AGAIN * 160]  # 240 of 300, 400 of 600 others
+    labels, answers = default_epochs(EPOCHS, STEPS, 240, 4) * 60, EPOCHS_AGAIN * 160  # 240 of 300, 400 of 600 others
+    assert stages == [("fine-tuning", labels), ("learning from its own answers", answers)]
 
 
 # On a model of words, with what it makes of opinions.

@@ -257,13 +257,10 @@ def test_words_on_what_it_takes_count_rows_and_where_groups_judge_groups():
     assert "102 labelled rows if none" in promise_of(deployed(point), point, record_of(set_aside=1.0))
 
 
-SAVES_NOTHING = "early exit saves nothing: more rows, texts without labels (--unlabelled) or a larger --max-lost let"
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"share": 1.0}, SAVES_NOTHING),
+        ({"share": 1.0}, "early exit saves nothing: more rows, texts without labels (--unlabelled) or a larger --max"),
         ({"share": 0.7}, "early exit saves only 30% of the layers: more rows, "),
         ({"share": 0.0}, "all texts leave at exit 0"),
         ({"full_depth_interval": [44.9, 63.2]}, "full depth may be no better than always answering the most frequent"),
