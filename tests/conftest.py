@@ -15,7 +15,7 @@ import torch
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 
-from minisweet import toy
+from minisweet import NgramExit, toy
 from minisweet.base.commands import run_command
 from minisweet.base.files import InputError
 from minisweet.checkpoint import load_encoder, public_name
@@ -26,7 +26,6 @@ from minisweet.layers import TransformerEncoder
 from minisweet.loading import ARCHITECTURES
 from minisweet.tasks import TASKS, load_examples
 from minisweet.texts import Texts, load_tokenizer
-from tests.own_text import OWN, opinions, own_run, random_bag, write_classifier, write_rows  # noqa: F401
 
 CHECKOUT = Path(__file__).parent.parent
 LARGEST: dict[str, float] = {}  # differences to references, by what was compared
@@ -53,6 +52,7 @@ CONFIGS = {
 }
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 WORDS = "the a film was not good bad great dull but and i you we it is in of to superb awful".split()
+OWN = "--model tiny --max-length 32 --amp off --epochs 2 --lr 3e-3".split()  # `minisweet fit` in own_run's folder
 
 
 def pytest_configure(config) -> None:
@@ -346,16 +346,13 @@ def run_of(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("runs")
     model = write_model_of_words(folder / "tiny")
-    texts, labels, _ = toy.make_toy("train")
-    rows = [(text.replace(",", ""), TASKS["toy"].labels[label]) for text, label in zip(texts, labels, strict=True)]
-    write_rows(folder / "words.csv", rows[:250], "text", "label")
 
     @functools.cache
     def finished(name: str) -> Path:
         options = ["--model", model, "--out", name, "--max-length", 32, "--amp", "off", "--epochs", 4, "--lr", "3e-3"]
         with in_folder(folder):
             if name == "bag":
-                assert run(fit, "words.csv", *options) == 0
+                assert run(toy, "words.csv") == run(fit, "words.csv", *options) == 0
             else:
                 method = ["--method", *(["sweet", "--exit-strategy", "lte"] if name == "lte" else [name])]
                 assert run(train, *options, "--exit-layers", "1,2,4", "--train-size", 200, *method) == 0
@@ -363,3 +360,54 @@ def run_of(tmp_path_factory):
         return folder / name
 
     return finished
+
+
+def opinions(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Different texts, each with a word that decides whether its label is up or down."""
+    draw, found = Random(seed), {}
+    while len(found) < count:
+        label = draw.choice(["up", "down"])
+        words = [draw.choice("good great superb".split() if label == "up" else "bad dull awful".split())]
+        words += draw.choices("the a film was but and i you it is".split(), k=6)
+        found[" ".join(draw.sample(words, 7))] = label
+    return list(found.items())
+
+
+def write_rows(path: Path, rows: list[tuple], *columns: str) -> Path:
+    """Write a CSV of cells that need no quotes."""
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in [columns, *rows]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def own_run(tmp_path_factory) -> Path:
+    """What `minisweet fit` makes of own.csv and more.csv, which lie beside it, with the model `tiny`."""
+    from minisweet.classifier.main import fit
+
+    folder = tmp_path_factory.mktemp("own")
+    write_model_of_words(folder / "tiny")
+    rows, unlabelled = opinions(1000)[:300], opinions(1000)[300:800]
+    write_rows(folder / "own.csv", rows, "text", "label")
+    more = [(text, "unread") for text, _ in unlabelled + rows[:20] + unlabelled[:7]]
+    write_rows(folder / "more.csv", more, "text", "label")
+    with in_folder(folder):
+        assert run(fit, "own.csv", "--unlabelled", "more.csv", "--out", "run", *OWN) == 0
+    return folder / "run"
+
+
+def random_bag(num_labels: int) -> NgramExit:
+    """A bag of words whose table holds random numbers."""
+    bag, generator = NgramExit(60, num_labels, [0, 1, 2, 3]), torch.Generator().manual_seed(1)
+    for tensor in bag.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return bag
+
+
+def write_classifier(folder: Path, **changes) -> Path:
+    """A tiny BERT that was fine-tuned elsewhere for two classes."""
+    write_model(folder, "bert")
+    head = {"classifier.weight": torch.randn(2, 16), "classifier.bias": torch.randn(2)}
+    rewrite(folder, lambda tensors: tensors | head)
+    reconfigure(folder, "bert", **changes)
+    return folder

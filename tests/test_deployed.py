@@ -12,16 +12,17 @@ from minisweet.base.files import read_json, write_json
 from minisweet.classifier.main import fit
 from tests.conftest import opinions, random_batch, refused, run, write_rows
 
-FILES = "bag_of_words.safetensors", "logits.safetensors", "model.safetensors", "operating.json", "validation.jsonl"
-
 
 def load(folder: Path) -> EarlyExitClassifier:
     return EarlyExitClassifier.load(folder, amp="off")
 
 
-@pytest.mark.parametrize("labels", [("a \u2028\n c", "b"), (2, 10), (0.5, 2.0), (False, True)])
-def test_what_is_loaded_is_what_was_saved(own_run, tmp_path, labels):
-    """The labels as JSON has them, groups and rows without a label too."""
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [((np.str_("a \u2028\n c"), "b"), str), ((2, 10), int), ((0.5, 2), float), ((np.False_, np.True_), bool)],
+)
+def test_what_is_loaded_is_what_was_saved(own_run, tmp_path, labels, kind):
+    """Labels keep their type, as JSON has them. With groups and rows without a label too."""
     rows = opinions(90)
     texts, groups = [text for text, _ in rows], [f"group {n // 2}" if n % 3 else None for n in range(90)]
     names = [None if n == 5 else labels[label == "up"] for n, (_, label) in enumerate(rows)]
@@ -35,7 +36,9 @@ def test_what_is_loaded_is_what_was_saved(own_run, tmp_path, labels):
         made.record,
         made.get_params() | {"lr": 3e-3, "batch_size": 16},
     )
-    assert again.cascade.labels == sorted({*names} - {None}) == [*map(type(labels[1]), again.cascade.labels)]
+    assert ({*map(type, again.cascade.labels)}, again.cascade.labels) == ({kind}, [*labels])
+    assert again.predict(texts).dtype == again.predict([]).dtype == again.classes_.dtype
+    assert again.predict_proba([]).shape == (0, 2)
     for part, inputs in (("model", 3), ("bag", 2)):
         batch = random_batch()[:inputs]
         ours, theirs = (getattr(classify.cascade, part)(*batch) for classify in (again, made))
@@ -56,7 +59,9 @@ def two_runs(own_run, tmp_path_factory) -> list[Path]:
     return [folder / "a", folder / "b"]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name", "bag_of_words.safetensors logits.safetensors model.safetensors operating.json validation.jsonl".split()
+)
 def test_files_of_another_run_and_missing_ones_are_refused(two_runs, tmp_path, name):
     """Even if both runs have the same model."""
     (a, b), mixed = two_runs, tmp_path / "mixed"
@@ -69,19 +74,16 @@ def test_files_of_another_run_and_missing_ones_are_refused(two_runs, tmp_path, n
     assert f"{name}: not readable" in refused(load, mixed) or "no readable model" in refused(load, mixed)
 
 
-def test_validation_rows_that_were_cut_or_changed_are_refused(own_run, tmp_path):
+def test_validation_rows_that_were_cut_are_refused(own_run, tmp_path):
     mixed = Path(shutil.copytree(own_run, tmp_path / "run"))
     lines = (mixed / "validation.jsonl").read_text().splitlines(True)
     (mixed / "validation.jsonl").write_text("".join(lines[:10]))
     assert refused(load, mixed).endswith("run.json beside it, or changed: 10 rows, should be 160")
-    (mixed / "validation.jsonl").write_text("".join(lines[1:] + lines[:1]))
-    assert "validation.jsonl: belongs to another run than run.json beside it, or changed" in refused(load, mixed)
 
 
 @pytest.mark.parametrize(
     ("name", "key", "value", "message"),
     [
-        ("operating.json", "id", "0", "operating.json: belongs to another run than run.json beside it"),
         ("operating.json", "share", "a", "operating.json: share is 'a', should be float"),
         ("run.json", "program", "", "a run of train.py, which is evaluated by: python evaluate.py"),
     ],

@@ -6,6 +6,7 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -34,7 +35,7 @@ def opinions_of(part: slice) -> tuple[list[str], list[str]]:
     return tuple(map(list, zip(*opinions(1000)[part], strict=True)))
 
 
-def test_the_example_of_its_docstring(new, own_run, tmp_path):
+def test_the_example_of_its_docstring(new, own_run):
     texts, labels = opinions_of(slice(100))
     classify = new(model=own_run.parent / "tiny")  # a path is text, too
     random_state = torch.get_rng_state()
@@ -45,13 +46,9 @@ def test_the_example_of_its_docstring(new, own_run, tmp_path):
     np.testing.assert_allclose(classify.predict_proba(texts).sum(1), 1, atol=1e-6)
     assert classify.score(texts, labels) == np.mean(classify.predict(texts) == np.array(labels)) > 0.8
     assert classify.choose(max_lost=20, sure=55).operating_point.goal == Goal(max_lost=20, sure=55)
-    classify.save(tmp_path / "run")
-    again = EarlyExitClassifier.load(tmp_path / "run", batch_size=7)
-    assert (again.operating_point, again.max_lost, again.epochs) == (classify.operating_point, 20, 1)
-    assert again.classify(texts) == classify.classify(texts)
     full = classify.choose(max_lost=0.01)
     assert {answer.exit_layer for answer in full.classify(texts)} == {4}
-    assert again.choose(max_lost=99).operating_point.share < 0.5
+    assert classify.choose(max_lost=99).operating_point.share < 0.5
 
 
 def test_scikit_learn_takes_it(new):
@@ -76,20 +73,6 @@ def test_columns_are_in_the_order_of_numpy(new):
     classify = new().fit(texts, ["2" if label == "up" else "10" for label in labels])
     assert (classify.cascade.labels, classify.classes_.tolist()) == (["2", "10"], ["10", "2"])
     assert classify.classes_[classify.predict_proba(texts).argmax(1)].tolist() == classify.predict(texts).tolist()
-
-
-@pytest.mark.parametrize(
-    ("names", "kind"), [([-1, 10], int), ([0.5, 2], float), ([np.True_, np.False_], bool), (["b", np.str_("a")], str)]
-)
-def test_labels_keep_their_type(new, tmp_path, names, kind):
-    texts, labels = opinions_of(slice(60))
-    labels = [None if n == 7 else names[label == "up"] for n, label in enumerate(labels)]
-    new().fit(texts, labels).save(tmp_path / "run")
-    classify = EarlyExitClassifier.load(tmp_path / "run")
-    assert ({*map(type, classify.cascade.labels)}, classify.classes_.tolist()) == ({kind}, sorted(names))
-    assert {answer.label for answer in classify.classify(texts)} <= {*names}
-    assert classify.predict(texts).dtype == classify.predict([]).dtype == classify.classes_.dtype
-    assert classify.predict_proba([]).shape == (0, 2)
 
 
 def test_without_labels_a_trunk_is_enough_and_its_labels_keep_their_type(new, tmp_path):
@@ -125,7 +108,7 @@ BAD = [
     (GOOD[0], [1, "x"] * 20, {}, "labels: int and str are mixed, should be of one type"),
     (*GOOD, {"validation": (["a"], [1])}, "labels: int and str are mixed, should be of one type"),
     (GOOD[0], [HTTPStatus.OK] * 40, {}, "item 0: <HTTPStatus.OK: 200> is not a label, should be text or a number"),
-    (GOOD[0], ["x", "x\0"] * 20, {}, r"labels: NumPy changes some, or mixes them up: 'x', 'x\x00'; rename them"),
+    (GOOD[0], ["x", "y\0"] * 20, {}, r"labels: NumPy changes some, or mixes them up: 'x', 'y\x00'; rename them"),
     (*GOOD, {"dev_size": 200}, "dev_size: '200', should be "),
     (*GOOD, {"epochs": True}, "epochs: 'True', should be a whole number from 1 to "),
     (*GOOD, {"seed": None}, "seed: 'None', should be a whole number from 0 to "),
@@ -152,8 +135,9 @@ def test_a_second_fit_that_fails_leaves_the_first_model_whole(new, tmp_path, mon
     """Where the training diverges, and where it is over and choosing fails."""
     classify, texts = new().fit(*GOOD), GOOD[0]
     before = classify.classify(texts)
-    error = refused(classify.set_params(lr=1e30).fit, texts, ["x", "y"] * 20)
-    assert error.startswith("lr: at 1e+30 the loss became infinite or NaN")
+    for lr, size, step in ((1e30, 8, 2), (1e39, 64, 1)):  # no loss sees the last update
+        error = refused(classify.set_params(lr=lr, batch_size=size).fit, texts, ["x", "y"] * 20)
+        assert error == f"lr: at {lr:g} the loss became infinite or NaN at step {step}; try a lower one"
     with monkeypatch.context() as patch:
         patch.setattr("minisweet.classifier.estimator.choose", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
@@ -174,13 +158,6 @@ def test_a_copy_needs_neither_the_original_nor_its_folder(own_run, tmp_path, cop
     for again in (classify, EarlyExitClassifier.load(tmp_path / "saved")):
         assert again.classify(TEXTS) == expected
         assert again.choose(max_lost=99).operating_point.share < 0.5
-
-
-def test_what_cannot_be_answered_is_named(own_run):
-    load = EarlyExitClassifier.load
-    assert refused(load(own_run).predict, ["a", None]) == "item 1: None, should be one text"
-    assert refused(load, own_run, amp="bfloat16").startswith("amp: 'bfloat16', should be one of auto, off")
-    assert refused(load, own_run, threshold=1.5) == "threshold: '1.5', should be a number from 0 to 1"
 
 
 def frame(*columns: list) -> object:
@@ -212,9 +189,9 @@ def test_verbose_tells_and_else_it_is_silent_on_a_terminal_too(new, capsys, monk
     assert classify.get_params()["verbose"] == 1
 
 
-def test_what_the_commands_do_is_done_from_python(new, tmp_path):
+def test_what_the_commands_do_is_done_from_python_and_they_take_its_run(new, tmp_path, command):
     texts, labels = opinions_of(slice(100))
-    classify = new().fit(texts, labels)
+    classify = new().fit(texts, labels, groups=[n // 2 for n in range(100)])
     assert classify.summary().splitlines()[-1] == classify.promise
     others = opinions_of(slice(300, 400))
     found = classify.test(*others)
@@ -226,23 +203,21 @@ def test_what_the_commands_do_is_done_from_python(new, tmp_path):
     first, last = (explained[-1][0] for explained in classify.explain(texts[:2]))
     assert [first.exit_layer, last.exit_layer] == [4, 4]
     assert refused(classify.export, tmp_path / "other").endswith("other: should end in .onnx")
-
-
-def test_the_commands_take_a_run_that_python_saved(new, tmp_path, command):
-    texts, labels = opinions_of(slice(100))
-    new().fit(texts, labels, groups=[n // 2 for n in range(100)]).save("run")
-    others = opinions(1000)[300:400]
-    write_rows(
-        tmp_path / "new.csv", [(*row, f"new {n // 4}") for n, row in enumerate(others)], "text", "label", "group"
-    )
+    classify.save("run")
+    rows = [(*row, f"new {n // 4}") for n, row in enumerate(zip(*others, strict=True))]
+    write_rows(Path("new.csv"), rows, "text", "label", "group")
     assert command(predict, "run", "new.csv", "--out", "p.csv")[0] == 0
     assert "\n25 rows, threshold" in command(check, "run", "new.csv")[1]
 
 
-def test_before_it_is_trained_it_says_so(new, tmp_path):
+def test_what_cannot_be_answered_loaded_or_set_is_named(new, own_run, tmp_path):
     for call in (lambda: new().predict(["a"]), new().choose, lambda: new().save(tmp_path / "a")):
         assert "not trained yet; call fit, or EarlyExitClassifier.load" in refused(call)
     assert refused(new().set_params, max_loss=1).startswith("max_loss: unknown parameter, should be one of model, ")
+    load = EarlyExitClassifier.load
+    assert refused(load(own_run).predict, ["a", None]) == "item 1: None, should be one text"
+    assert refused(load, own_run, amp="bfloat16").startswith("amp: 'bfloat16', should be one of auto, off")
+    assert refused(load, own_run, threshold=1.5) == "threshold: '1.5', should be a number from 0 to 1"
 
 
 def test_any_number_of_texts_in_order(own_run):

@@ -172,9 +172,12 @@ def test_files_of_another_run_and_other_rows_are_refused(copied, run_of, command
     assert "evaluation.json: belongs to other weights than the model beside it" in err
     folder = copied("ee")
     others = lambda *where: (rows := load_examples(*where))._replace(labels=rows.labels[::-1])  # noqa: E731
-    monkeypatch.setattr("minisweet.run.load_examples", others)
-    _, _, err = command(evaluate, folder, "--data-dir", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("minisweet.run.load_examples", others)
+        _, _, err = command(evaluate, folder, "--data-dir", tmp_path)
     assert f"--data-dir: {tmp_path}: its dev rows of toy are not those of the training" in err
+    shutil.copy(run_of("sweet") / "model.safetensors", folder)
+    assert f"{folder}/model.safetensors: belongs to another run than run.json beside it" in command(evaluate, folder)[2]
 
 
 def test_without_a_run_it_takes_the_newest_that_is_whole(copied, command, tmp_path):
@@ -183,8 +186,7 @@ def test_without_a_run_it_takes_the_newest_that_is_whole(copied, command, tmp_pa
     for name, time in (("older", 1e9), (".written", 1e10)):  # the other is being written
         path = shutil.copytree(run, tmp_path / "runs" / name) / "run.json"
         os.utime(path, (time, time))
-    for name in ("own", "old"):  # of `minisweet fit`, and of an earlier version
-        (tmp_path / "runs" / name).mkdir()
-        write_json(tmp_path / "runs" / name / "run.json", {"id": "1", "arguments": {}})
+    (tmp_path / "runs" / "old").mkdir()  # of an earlier version
+    write_json(tmp_path / "runs" / "old" / "run.json", {"id": "1", "arguments": {}})
     assert command(evaluate)[1].startswith(f"{run.relative_to(tmp_path)}: ")
     assert "a run of minisweet fit (see minisweet test --help) or of an earlier" in command(evaluate, "runs/old")[2]

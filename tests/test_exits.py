@@ -102,16 +102,14 @@ def test_the_loss_is_cross_entropy_and_the_squared_error_of_the_certainty():
     torch.testing.assert_close(exit_loss(Answer(logits, certainty), labels), expected)
 
 
-# What the authors' classes gave once, on the public MiniLM and eight pairs of RTE's dev set, without dropout, in
-# float32: the batch, the classifiers' weights, the logits, the losses and the norms of all gradients.
-OFFICIAL = Path(__file__).with_name("authors_minilm_rte.safetensors")
 MINILM = home() / "weights" / "minilm-l6"
 
 
 @pytest.mark.skipif(not MINILM.is_dir(), reason="minilm-l6 is not in weights/")
 @pytest.mark.parametrize("method", ["sweet", "ee"])
 def test_logits_losses_and_gradient_norms_are_those_of_the_authors_code(method):
-    official = load_file(OFFICIAL)
+    """What their classes gave once, on eight pairs of RTE's dev set, without dropout, in float32, is stored."""
+    official = load_file(Path(__file__).with_name("authors_minilm_rte.safetensors"))
     model = model_of(MINILM, method, (1, 2, 3, 6), pooling="cls").eval()
     with torch.no_grad():
         for k, head in enumerate(model.heads):

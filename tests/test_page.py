@@ -70,9 +70,8 @@ def test_what_judges_without_a_label_state_is_agreement(tmp_path):
 
 def data_of(page: Path) -> dict:
     """What stands in a page."""
-    block = (
-        page.read_text(encoding="utf-8").split('<script type="application/json" id="data">')[1].split("</script>")[0]
-    )
+    text = page.read_text(encoding="utf-8")
+    block = text.split('<script type="application/json" id="data">')[1].split("</script>")[0]
     assert block.isascii()
     assert "<" not in block
     return json.loads(block)

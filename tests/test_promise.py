@@ -258,33 +258,24 @@ def test_words_on_what_it_takes_count_rows_and_where_groups_judge_groups():
 
 
 @pytest.mark.parametrize(
-    ("share", "said"),
+    ("changes", "said"),
     [
-        (1.0, "early exit saves nothing: more rows, texts without labels (--unlabelled) or a larger --max-lost let"),
-        (0.7, "early exit saves only 30% of the layers: more rows, "),
-        (0.6, ""),
-        (0.0, "all texts leave at exit 0"),
+        ({"share": 1.0}, "early exit saves nothing: more rows, texts without labels (--unlabelled) or a larger --max"),
+        ({"share": 0.7}, "early exit saves only 30% of the layers: more rows, "),
+        ({"share": 0.0}, "all texts leave at exit 0"),
+        ({"full_depth_interval": [44.9, 63.2]}, "full depth may be no better than always answering the most frequent"),
+        ({}, None),
     ],
 )
-def test_advice_where_early_exit_hardly_pays(share, said):
-    point = replace(draw(0, 1000).choose(GOAL), share=share)
-    lines = summary(deployed(point), point, record_of())
-    assert [line for line in lines if line.startswith(("early exit saves", "all texts"))] == [
-        line for line in lines if said and line.startswith(said)
-    ]
-    assert any(line.startswith(said) for line in lines)
-
-
-@pytest.mark.parametrize(("ends", "is_told"), [([44.9, 63.2], True), ([61.0, 80.0], False)])
-def test_a_model_that_may_have_learned_nothing_is_told(ends, is_told):
-    """Its interval, and not its score, is compared with the most frequent label."""
-    labels = np.arange(1000) % 5 < 3
-    rows = draw(0, 1000)._replace(labels=labels.astype(int))
-    point = rows.choose(GOAL)
+def test_a_summary_warns_of_what_is_hardly_worth_it(changes, said):
+    """The interval of full depth, and not its score, is compared with the most frequent label."""
+    rows = draw(0, 1000)._replace(labels=(np.arange(1000) % 5 < 3).astype(int))
+    point = replace(rows.choose(GOAL), share=0.6, full_depth=62.0, full_depth_interval=[61.0, 80.0])
     assert point.majority == pytest.approx(60, abs=3)
-    point = replace(point, full_depth=62.0, full_depth_interval=ends)
-    told = [line for line in summary(deployed(point), point, record_of()) if "may be worth nothing" in line]
-    assert len(told) == is_told
+    point = replace(point, **changes)
+    starts = "early exit saves", "all texts", "full depth may"
+    told = [line for line in summary(deployed(point), point, record_of()) if line.startswith(starts)]
+    assert [line.startswith(said) for line in told] == [True] * (said is not None)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))

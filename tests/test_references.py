@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from minisweet import load_encoder
 from tests.conftest import note_difference
+from tests.references.__main__ import differences
 
 
 @pytest.mark.parametrize("mode", ["evaluation", "training"])
@@ -27,6 +28,4 @@ def test_hidden_states_are_those_that_transformers_computed(model_type, mode):
 
 def test_a_checkpoint_is_compared_with_transformers_by_one_command():
     pytest.importorskip("transformers")
-    from tests.references.__main__ import differences
-
     assert max(differences(Path(__file__).parent / "references" / "mpnet")) < 1e-5

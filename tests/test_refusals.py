@@ -1,9 +1,9 @@
 """Bad input: one line on standard error that names the option or the file, status 2, and nothing is written.
 
-Each row is a command, its words, and what its line says. `place` makes the files that the words name. The commands of
-own text have a table in test_own_refusals.py.
+Each row is a command, its words, and what its line says. `place` makes the files that the words name.
 """
 
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -12,10 +12,11 @@ import pytest
 
 from minisweet.__main__ import COMMANDS
 from minisweet.base.files import read_json, write_json
-from tests.conftest import command_of, in_folder, run, write_model
+from tests.conftest import command_of, in_folder, opinions, run, write_model, write_rows
 
 MODULES = COMMANDS | {"train": "train", "evaluate": "evaluate"}
 TRAIN = "--model tiny --out new --train-size 48 --epochs 1 --max-length 32"  # and then the bad words
+FIT = "--model tiny --out new --epochs 1 --max-length 32"
 
 REFUSALS = [
     # base: what argparse and the types of options refuse
@@ -39,13 +40,40 @@ REFUSALS = [
     ("evaluate", "ee --predict own.csv --threshold 1 --thresholds 3", "--plot and --predict use an evaluation"),
     ("evaluate", "ee --predict own.csv --threshold 1", "own.csv: no column sentence; its header names text,label"),
     ("evaluate", "ee --predict tiny --threshold 1", "tiny: cannot be read ("),
-    ("evaluate", "old", "old: a run of minisweet fit (see minisweet test --help) or of an earlier version"),
     ("evaluate", "ee --criterion lte", "--criterion: lte needs a run of train.py --exit-strategy lte"),
     # paper
     ("reproduce", "--model tiny --max-length 32 --lrs 1e-3 --exit-layers 1,9", "--exit-layers: 1,9, should increase"),
     ("reproduce", "--model tiny --max-length 32 --device gpu", "--device: 'gpu' is not available; should be auto, cpu"),
     ("gradients", "run", "run: a run of sweet on toy, exits after layers 1,2,4; should be of ee, with two"),
-    ("gradients", "ee --batches 9999", "--batches: 9999 of 16 rows, and toy has 200 other rows"),
+    # own text
+    ("fit", FIT, "FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE"),
+    ("fit", f"empty.csv {FIT}", "empty.csv: it has no rows"),
+    ("fit", f"pipe.csv {FIT}", "pipe.csv: cannot be read (not a file)"),
+    ("fit", f"one.csv {FIT}", "one: all rows have the label 'x', needs two or more"),
+    ("fit", f"one.csv {FIT} --dev-data one.csv", "one: all rows have the label 'x', needs two or more"),
+    ("fit", f"none.csv {FIT}", "none: no row has a text and a label"),
+    ("fit", "none.csv --trunk bag --dev-data none.csv --out new", "none: no text is left to learn from: all of"),
+    ("fit", f"own.csv {FIT} --group-column=", "own.csv: no column ; it has text, label; name one with --group-column"),
+    ("fit", f"own.csv {FIT} --max-lost 200", "argument --max-lost: '200', should be a number from 0.01 to 99.99"),
+    ("fit", f"own.csv {FIT} --out bag", "--out: bag holds a run already; name another folder, or pass --overwrite"),
+    ("fit", "own.csv --trunk bag --out new --model minilm-l6", "--model: cannot stand beside a trunk: nothing but the"),
+    ("fit", f"two.csv {FIT} --text-columns sentence1 --dev-size 0.1", "two: too few rows: no text can be set aside"),
+    ("fit", f"own.csv {FIT} --dev-data own.csv --dev-size 0.3", "--dev-size: needs a split of FILE, not --dev-data"),
+    ("fit", "--trunk bag --unlabelled own.csv --out new --dev-size 0.3", "--dev-size: needs a split of FILE, not -"),
+    ("fit", f"own.csv {FIT} --text-columns label", "--text-columns: label, should not be the label column"),
+    ("fit", f"own.csv {FIT} --unlabelled own.csv", "--unlabelled: no text is left: all of them are also labelled, or"),
+    ("fit", f"own.csv {FIT} --unlabelled two.csv", "two.csv: no column text or sentence; it has sentence1,"),
+    ("fit", "own.csv --trunk ee --out new", "or a run of train.py, which is evaluated by: python evaluate.py ee"),
+    ("fit", "own.csv --trunk own.csv --out new", "--trunk: own.csv is not a folder; should be a run, or a classif"),
+    ("fit", "own.csv --trunk bag --out new --max-length 30", "--max-length: 30, should be 32, as of the trunk bag"),
+    ("predict", "no-point own.csv", "no-point/operating.json: not readable as JSON"),
+    ("test", "bag own.csv", "own.csv: no row is left to test on: 32 with a label that the model does not know (a, b)"),
+    ("test", "bag bag/validation.jsonl", "bag/validation.jsonl: no row is left to test on: "),
+    ("predict", "bag own.csv --out own.csv", "--out: own.csv is the input"),
+    ("predict", "bag own.csv --out two", "--out: two is a folder"),
+    ("predict", "bag bad.jsonl --out new.csv", "bad.jsonl, line 2: 'text' is 5, should be text"),
+    ("predict", "bag own.csv --out new.txt", "new.txt: should end in .csv, .tsv, .jsonl"),
+    ("explain", "bag", "TEXT: should be a text; or --html FILE and no text"),
 ]
 
 
@@ -58,35 +86,30 @@ def place(tmp_path_factory, run_of) -> Path:
     (folder / "two").mkdir()
     for name in ("train.tsv", "dev.tsv"):
         (folder / "two" / name).write_text("sentence1\tsentence2\tlabel\na\tit\tx\na\tto\ty\n")
-    (folder / "own.csv").write_text("text,label\nthe film,a\nis it,b\n")
+    (folder / "two.csv").write_text("sentence1,sentence2,label\n" + "a,it,x\na,to,y\na,of,x\na,in,y\n")
+    (folder / "one.csv").write_text("text,label\n" + "a,x\nb,x\n" * 3)
+    (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
+    (folder / "none.csv").write_text("text,label\nthe film,\nis it,\n")
+    (folder / "empty.csv").write_text("")
+    os.mkfifo(folder / "pipe.csv")
+    write_rows(folder / "own.csv", [(text, "ab"[label == "up"]) for text, label in opinions(32)], "text", "label")
     for name, called in {"sweet": "run", "bag": "bag", "ee": "ee"}.items():
         shutil.copytree(run_of(name), folder / called)
     shutil.copytree(run_of("ee"), folder / "bare", ignore=shutil.ignore_patterns("evaluation.json"))
-    for called, name, change in (("old", "run.json", {"dev_rows": ...}), ("other", "evaluation.json", {"examples": 3})):
-        path = shutil.copytree(run_of("ee"), folder / called) / name
-        content = read_json(path) | change
-        write_json(path, {key: value for key, value in content.items() if value is not ...})
+    shutil.copytree(run_of("bag"), folder / "no-point", ignore=shutil.ignore_patterns("operating.json"))
+    other = shutil.copytree(run_of("ee"), folder / "other") / "evaluation.json"
+    write_json(other, read_json(other) | {"examples": 3})
     return folder
 
 
-def ids(rows: list[tuple[str, str, str]]) -> list[str]:
-    """The names of rows."""
-    return [f"{command}: {expected}" for command, _, expected in rows]
-
-
-def check_refusal(place: Path, capsys, command: str, words: str, expected: str) -> None:
-    """Run a command in a folder: status 2, one line, and no file is new."""
+@pytest.mark.parametrize(("name", "words", "expected"), REFUSALS, ids=[f"{row[0]}: {row[2]}" for row in REFUSALS])
+def test_bad_input_is_one_line_and_status_2(place, capsys, name, words, expected):
     before = sorted(place.rglob("*"))
     with in_folder(place):
-        status = run(command_of(MODULES[command]), *shlex.split(words))
+        status = run(command_of(MODULES[name]), *shlex.split(words))
     err = capsys.readouterr().err
     assert (status, "Traceback" in err) == (2, False), err
     *told, line = err.splitlines()  # what is told before is of the files
     assert expected in line
-    assert len(told) <= 3 * (command == "fit")
+    assert len(told) <= 3 * (name == "fit")
     assert sorted(place.rglob("*")) == before
-
-
-@pytest.mark.parametrize("row", REFUSALS, ids=ids(REFUSALS))
-def test_bad_input_is_one_line_and_status_2(place, capsys, row):
-    check_refusal(place, capsys, *row)

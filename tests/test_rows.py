@@ -2,7 +2,6 @@
 
 import csv
 import json
-from http import HTTPStatus
 from itertools import accumulate
 from pathlib import Path
 
@@ -100,9 +99,6 @@ def test_columns_as_in_training_and_two_are_refused(tmp_path):
         assert text_column(path, named, *trained) == found
     advice = "name one with --text-columns, or join the two texts into one, or train on pairs with train.py"
     assert refused(text_column, path, "a,b") == f"{path}: no column a,b; it has text, a, b; {advice}"
-    path = write(tmp_path / "b.csv", [dict.fromkeys(["sentence1", "sentence2"], "t")])
-    message = f"{path}: no column text or sentence; it has sentence1, sentence2; {advice}"
-    assert refused(text_column, path, None) == message
 
 
 def test_labels_are_names_sorted_by_number_where_all_are_numbers(tmp_path):
@@ -132,9 +128,6 @@ def test_what_is_no_list_of_texts_is_refused():
 def test_labels_are_text_numbers_or_bools_or_none():
     given = [" x ", "", np.int64(1), 2.5, True, None, float("nan")]
     assert labels_of(given, 7, "labels") == ["x", None, 1, 2.5, True, None, None]
-    assert refused(labels_of, ["a", HTTPStatus.OK], 2, "labels").startswith(
-        "item 1: <HTTPStatus.OK: 200> is not a label"
-    )
     for wrong in (float("inf"), "\ud800"):  # which no file of a run can hold
         assert refused(labels_of, ["a", wrong], 2, "labels").startswith("item 1: ")
     assert [name_of(label) for label in ("1", 1, 1.0, True, 2.5)] == ["1", "1", "1", "True", "2.5"]
@@ -144,11 +137,7 @@ LATIN_1 = "line 2: byte 0xe9 is not UTF-8; save the file as UTF-8 (Latin-1 is no
 LONG = "3 cells, and the header has 2; a text that contains ',' must be in double quotes"
 REFUSED = [
     ("a.csv", b"text,label\na,x\n\nb,y,z\n", f"line 4: not readable as cells ({LONG})"),
-    (
-        "a.csv",
-        b"text,label\ncaf\xe9,x\n",
-        "line 2: byte 0xe9 is not UTF-8; save the file as UTF-8 (Latin-1 is not read)",
-    ),
+    ("a.csv", b"text,label\ncaf\xe9,x\n", LATIN_1),
     ("a.csv", b"text,label,text\na,x,b\n", "line 1: not readable as cells (two columns have the same name)"),
     ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": "b"\n', "line 2: not readable as a JSON object"),
     ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": 5, "label": "x"}\n', "line 2: 'text' is 5, should be text"),

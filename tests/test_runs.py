@@ -1,6 +1,5 @@
 """Run folders: what is read is what was saved, and what does not fit is refused. Also the defaults of a training."""
 
-import shutil
 from argparse import Namespace
 from dataclasses import replace
 from types import SimpleNamespace
@@ -36,13 +35,6 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, run_of, model_type, method, 
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     keys = Texts(load_tokenizer(out, config.vocab_size, run.max_length), rows).keys
     assert keys.tolist() == Texts(tokenizer, rows).keys.tolist()
-
-
-def test_weights_of_another_run_are_refused(run_of, tmp_path):
-    folder = shutil.copytree(run_of("sweet"), tmp_path / "run")
-    shutil.copy(run_of("ee") / "model.safetensors", folder)
-    error = refused(load_models, folder, read_run(folder), read_config(folder))
-    assert error == f"{folder / 'model.safetensors'}: belongs to another run than run.json beside it"
 
 
 def test_every_depth_has_exit_layers():
@@ -90,9 +82,8 @@ def test_a_mount_point_and_a_folder_of_another_program_are_refused_before_traini
         (tmp_path / name).mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "mounted")
     monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "mounted")
-    assert "link is a mount point, which cannot be replaced; name a folder" in refused(
-        check_output, tmp_path / "link", False
-    )
+    error = refused(check_output, tmp_path / "link", False)
+    assert "link is a mount point, which cannot be replaced; name a folder" in error
     check_output(tmp_path / "mounted" / "run", False)
     (tmp_path / "other" / "run.json").write_text('{"of": "another program"}')
     assert "run.json is not that of a run; name another folder" in refused(check_output, tmp_path / "other", True)

@@ -11,7 +11,6 @@ import pytest
 
 import evaluate
 import train
-from evaluate import read_evaluation
 from minisweet import hub, tasks
 from minisweet.run import read_run
 from minisweet.tasks import TASKS, find_task, load_examples
@@ -168,7 +167,7 @@ def test_a_data_set_in_glues_layout_is_trained_on_and_evaluated(command, tmp_pat
     assert (record.task, record.labels, record.text_columns) == ("own", ["no", "yes"], columns)
     assert (record.metric, record.epochs, len(record.losses[0])) == ("accuracy", 5, 5)
     assert command(evaluate, "run")[0] == 0
-    assert read_evaluation(Path("run"))["majority"] == pytest.approx(200 / 3)
+    assert evaluate.read_evaluation(Path("run"))["majority"] == pytest.approx(200 / 3)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,9 @@ def test_rows_keep_their_cells_and_get_ours_beside_them(run_of, suffixes, tmp_pa
 
 
 def test_columns_of_text_and_what_is_told(run_of, command):
-    run, classify = run_of("bag"), EarlyExitClassifier.load(run_of("bag"))
+    """What is deployed is enough: the validation rows are not read."""
+    run, classify = Path("run"), EarlyExitClassifier.load(run_of("bag"))
+    shutil.copytree(run_of("bag"), run, ignore=shutil.ignore_patterns("validation.jsonl", "logits.safetensors"))
     Path("in.csv").write_text(f"body,text\n{'bad ' * 31},awful\n{'bad ' * 30},\n")
     for options, text, empty, cut in ((["--text-columns", "body"], "bad " * 31, 0, 1), ([], "awful", 1, 0)):
         _, out, _ = command(predict, run, "in.csv", "--out", "out.csv", *options)
@@ -88,14 +90,6 @@ def test_columns_of_text_and_what_is_told(run_of, command):
     _, out, err = command(predict, run, "in.csv")  # on standard output, as CSV; what is told is on standard error
     assert out.startswith("body,text,label,confidence,exit_layer,p_negative,p_positive\r\n")
     assert (out.count("\n"), err.strip().endswith("empty: 1; cut to 32 tokens: 0")) == (3, True)
-
-
-def test_prediction_reads_what_is_deployed_alone(run_of, tmp_path, command):
-    run = Path(shutil.copytree(run_of("bag"), tmp_path / "run"))
-    for name in ("validation.jsonl", "logits.safetensors"):
-        (run / name).unlink()
-    Path("in.csv").write_text("text\nawful\n")
-    assert command(predict, run, "in.csv", "--out", "out.csv")[0] == 0
 
 
 def test_light_start(run_of):
