@@ -117,7 +117,9 @@ BAD = [
     (*GOOD, {"groups": ["a"]}, "groups: 1, should be as many as the texts, 40"),
     (*GOOD, {"unlabelled": ["a"], "unlabelled_groups": "a"}, "unlabelled_groups: 'a', should be a list"),
     (*GOOD, {"unlabelled_groups": ["a"]}, "unlabelled_groups: needs unlabelled"),
-    ([" "] * 40, GOOD[1], {}, "texts: no row has a text and a label"),
+    ([" "] * 40, GOOD[1], {}, "texts: all of them are empty"),
+    (*GOOD, {"unlabelled": ["", " "]}, "unlabelled: all of them are empty"),
+    (*GOOD, {"model": None}, "model: None, should be a name or a folder"),
     (*GOOD, {"validation": ([], [])}, "validation: has no rows"),
     (*GOOD, {"validation": (["a"],)}, "validation: should be (texts, labels)"),
 ]

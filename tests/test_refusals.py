@@ -60,6 +60,7 @@ REFUSALS = [
     ("fit", f"two.csv {FIT} --text-columns sentence1 --dev-size 0.1", "two: too few rows: no text can be set aside"),
     ("fit", f"own.csv {FIT} --dev-data own.csv --dev-size 0.3", "--dev-size: needs a split of FILE, not --dev-data"),
     ("fit", "--trunk bag --unlabelled own.csv --out new --dev-size 0.3", "--dev-size: needs a split of FILE, not -"),
+    ("fit", "--trunk bag --unlabelled own.csv --out new --label-column x", "--label-column: needs FILE or --dev-data"),
     ("fit", f"own.csv {FIT} --text-columns label", "--text-columns: label, should not be the label column"),
     ("fit", f"own.csv {FIT} --unlabelled own.csv", "--unlabelled: no text is left: all of them are also labelled, or"),
     ("fit", f"own.csv {FIT} --unlabelled two.csv", "two.csv: no column text or sentence; it has sentence1,"),

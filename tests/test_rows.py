@@ -112,11 +112,12 @@ def test_labels_are_names_sorted_by_number_where_all_are_numbers(tmp_path):
     assert classes_of(["10", None, "2", "1e1", "0", "-0.5"]) == ["-0.5", "0", "2", "10", "1e1"]
     assert class_numbers(names, classes_of(names)).tolist() == [3, 3, 3, 4, 0, 2, 2, 1, 5, 6, -1, -1, -1]
     error = refused(class_numbers, names, ["x", "y"])
-    assert error == "a row has the label '1', should be one of x, y"
+    assert error == "no row to learn from has the label '1' of a row; should be one of x, y"
 
 
 def test_what_is_no_list_of_texts_is_refused():
-    message = "texts: has 2 columns, should have one, such as df['text']"
+    advice = "join the two texts into one, or train on pairs with train.py"
+    message = f"texts: has 2 columns, should have one, such as df['text']; {advice}"
     assert refused(texts_of, np.array([["a", "x"], ["b", "y"]])) == message
     for wrong in ({"a": 1}, "a text", 1):
         assert refused(texts_of, wrong) == f"texts: {wrong!r}, should be a list, such as [text] for one text"

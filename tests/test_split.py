@@ -160,5 +160,5 @@ def test_the_classes_of_own_text_and_of_a_trunk(own):
     assert own(texts, names, dev=dev).train.labels.tolist() == [0, 1]
     sides = own(texts, names, dev=dev, labels=["yes", "other", "no"])
     assert (sides.train.labels.tolist(), sides.validation.labels.tolist()) == ([2, 0], [0, 2])
-    error = refused(class_numbers, names, ["LABEL_0", "no"])
-    assert error == "a row has the label 'yes', should be one of LABEL_0, no"
+    error = refused(class_numbers, names, ["LABEL_0", "no"], "it")
+    assert error == "it does not know the label 'yes' of a row; should be one of LABEL_0, no"

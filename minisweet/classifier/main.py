@@ -55,7 +55,7 @@ def fit(words: list[str]) -> None:
     option("file", nargs="?", type=Path, metavar="FILE", help="labelled texts: .csv, .tsv or .jsonl")
     option("--unlabelled", type=Path, action="append", default=[], metavar="FILE", help="more texts; repeatable")
     option("--text-columns", help="the column of texts (default: text or sentence)")
-    option("--label-column", default="label", metavar="NAME", help="(default: %(default)s)")
+    option("--label-column", metavar="NAME", help="(default: label)")
     option("--group-column", metavar="NAME", help="rows of one value, such as a thread, stay together")
     option("--dev-data", type=Path, metavar="FILE", help="validation rows (default: rows of FILE set aside)")
     option("--out", type=Path, help="run folder (default: runs/<the name of FILE>)")
@@ -68,24 +68,29 @@ def fit(words: list[str]) -> None:
             raise InputError(BESIDE_TRUNK, name)
     if "dev_size" in options and (args.dev_data or not args.file):
         raise InputError("needs a split of FILE, not --dev-data", "dev_size")
+    has_labels = bool(args.file or args.dev_data)
+    if args.label_column is not None and not has_labels:
+        raise InputError("needs FILE or --dev-data", "label_column")
     if not args.file and not ("trunk" in options and args.unlabelled):
         raise InputError("FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE")
     first = args.file or args.unlabelled[0]
     out = args.out or Path("runs") / first.stem
     check_output(out, args.overwrite)
+    label = "label" if args.label_column is None else args.label_column
     column = text_column(first, args.text_columns)
-    if args.file and column == args.label_column:
+    if args.file and column == label:
         raise InputError(f"{column}, should not be the label column", "text_columns")
-    columns = {"text_column": column, "label_column": args.label_column, "group_column": args.group_column}
+    columns = {"text_column": column, "label_column": label if has_labels else None, "group_column": args.group_column}
 
     def read(file: Path | None, label: str | None) -> Examples:
         if file is None:
             return joined()
         return read_texts(file, text_column(file, args.text_columns, column), label, args.group_column)
 
-    rows, given = (read(file, args.label_column) for file in (args.file, args.dev_data))
+    rows, given = (read(file, label) for file in (args.file, args.dev_data))
     unlabelled = joined(*(read(file, None) for file in args.unlabelled))
     classify.fit_rows(first.stem, rows, given, unlabelled, **columns)
+    check_output(out, args.overwrite)  # again, since training takes a while
     classify.save(out, args.overwrite)
     print_choice(out, classify)
 
@@ -123,11 +128,13 @@ def test(words: list[str]) -> None:
     classify = EarlyExitClassifier.load(args.run, **typed(args))
     record, there = classify.record, all_columns(args.file)
     column = text_column(args.file, args.text_columns, record.text_column)
-    label, group = (name if name in there else None for name in (record.label_column, record.group_column))
+    label = next((name for name in (record.label_column, "label") if name in there), None)
+    group = record.group_column if record.group_column in there else None
     if label == "label" and "exit_layer" in there and "predicted_label" not in there:
         raise InputError(f"{args.file}: its column label was written by predict, should hold the true labels")
-    if not label:
-        print(f"{args.file}: no column {record.label_column}, so all rows count as unlabelled")
+    if label != (named := record.label_column or "label"):
+        others = "the labels are those of column label" if label else "all rows count as unlabelled"
+        print(f"{args.file}: no column {named}, so {others}")
     if record.training_groups + record.validation_groups and not group:
         print(f"{args.file}: no column {record.group_column or 'of groups'}, so each row counts by itself")
     answers, told = classify.ask_new(read_texts(args.file, column, label, group), args.file)

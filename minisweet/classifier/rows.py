@@ -20,6 +20,7 @@ from minisweet.texts import Examples
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 TEXT_COLUMNS = ("text", "sentence")  # by default, in this order
+ONE_TEXT = "join the two texts into one, or train on pairs with train.py"
 to_json = partial(json.dumps, ensure_ascii=False)
 
 
@@ -119,7 +120,7 @@ def find_column(option: str, path: Path, *choices: str) -> str:
         raise InputError(f"{path}: it has no rows")
     lacking, advice = " or ".join(dict.fromkeys(choices)), f"name one with {option}"
     if option == "--text-columns":
-        advice += ", or join the two texts into one, or train on pairs with train.py"
+        advice += f", or {ONE_TEXT}"
     raise InputError(f"{path}: no column {lacking}; it has {preview(columns)}; {advice}")
 
 
@@ -191,7 +192,9 @@ def as_list(values: Any, title: str) -> list:
         values = list(values)
     array = np.asarray(values, dtype=object)
     if array.ndim == 2 and array.shape[1] != 1:
-        raise InputError(f"{title}: has {array.shape[1]} columns, should have one, such as df['text']")
+        advice = f", such as df['text']; {ONE_TEXT}" * (title == "texts")
+        columns = f" ({preview(list(values.columns))})" if hasattr(values, "columns") else ""
+        raise InputError(f"{title}: has {array.shape[1]} columns{columns}, should have one{advice}")
     if array.ndim not in (1, 2):
         raise InputError(f"{title}: {values!r:.80}, should be a list, such as [text] for one text")
     return [value.item() if isinstance(value, np.generic) else value for value in array.ravel()]
@@ -227,4 +230,7 @@ def rows_of(X: Any, y: Any = None, groups: Any = None, option: str = "") -> Exam
     names = [None] * len(texts) if y is None else labels_of(y, len(texts), "labels")
     if groups is not None:
         groups = list(map(name_of, labels_of(groups, len(texts), f"{option}_groups".lstrip("_"))))
-    return with_text(Examples(texts, None, None, groups=groups, names=names))
+    rows = with_text(Examples(texts, None, None, groups=groups, names=names))
+    if texts and not rows.first:
+        raise InputError(f"{option or 'texts'}: all of them are empty")
+    return rows

@@ -104,10 +104,12 @@ def save_choice(folder: Path, point: OperatingPoint, validation: Validation) -> 
 
 
 def lines_of(examples: Examples, labels: list) -> str:
-    """The lines of validation.jsonl. The label, or the group, of a row without one is null."""
-    names = [[*labels, None][label] for label in examples.labels or ()]  # index -1 is None
-    columns = examples.first, names, examples.groups or [None] * len(names)
-    rows = [dict(zip(("text", "label", "group"), row, strict=True)) for row in zip(*columns, strict=True)]
+    """The lines of validation.jsonl. The label of a row without one is null."""
+    names = [*labels, None]  # index -1 is None
+    columns: dict[str, Any] = {"text": examples.first, "label": [names[label] for label in examples.labels or ()]}
+    if examples.groups:
+        columns["group"] = examples.groups
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

@@ -55,14 +55,15 @@ def numbers_of(labels: Sequence[Any]) -> dict[str | None, int]:
     return {name_of(label): number for number, label in enumerate(labels)} | {None: -1}
 
 
-def class_numbers(names: Sequence[Any], labels: Sequence[Any]) -> np.ndarray:
+def class_numbers(names: Sequence[Any], labels: Sequence[Any], trunk: str | None = None) -> np.ndarray:
     """The class of each row (N,), -1 for a row without a label. Labels are compared as text.
 
-    Raises InputError for a label that is not in `labels`, which are those of the trunk or of the rows to learn from.
+    Raises InputError for a label that is not in `labels`, which are those of the `trunk` or of the rows to learn from.
     """
     numbers = numbers_of(labels)
     if unknown := [name for name in names if name_of(name) not in numbers]:
-        raise InputError(f"a row has the label {unknown[0]!r:.60}, should be one of {preview(labels)}")
+        who = f"{trunk} does not know" if trunk else "no row to learn from has"
+        raise InputError(f"{who} the label {unknown[0]!r:.60} of a row; should be one of {preview(labels)}")
     return np.array([numbers[name_of(name)] for name in names], dtype=np.int64)
 
 
@@ -214,7 +215,7 @@ def rows_to_test(
         reasons += [f"{(is_out & left).sum():,} {reason}"] * int((is_out & left).any())
         left &= ~is_out
     if not left.any():
-        raise InputError(f"{source}: no row is left to test on: {', '.join(reasons)}")
+        raise InputError(f"{source}: no row is left to test on: {', '.join(reasons) or 'there are none'}")
     texts = texts.take(np.flatnonzero(left))
     represents = one_of_each(units_of(texts), texts.keys)
     reasons += [f"{(~represents).sum():,} in a group for which another row stands"] * int(not represents.all())

@@ -66,6 +66,9 @@ DIVERGED = "at {:g} the loss became infinite or NaN at step {}; try a lower one"
 def check_options(**given: Any) -> Namespace:
     """Options as plain types, with the place and precision to compute in. Raises InputError, which names the option."""
     given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    for name in ("model", "trunk"):
+        if name in given and not isinstance(given[name], str) and (name == "model" or given[name] is not None):
+            raise InputError(f"{given[name]!r:.80}, should be a name or a folder", name)
     for name in KINDS.keys() & given.keys():
         if given[name] is not None or name not in BY_DEFAULT_NONE:
             try:
@@ -94,7 +97,7 @@ def train(
     model, tokenizer, labels, trunk = start_from(options, name, classes)
 
     # 2. Who learns, who chooses and who judges.
-    numbers = split.class_numbers(examples.names or (), labels)
+    numbers = split.class_numbers(examples.names or (), labels, options.trunk)
     texts = Texts(tokenizer, examples._replace(labels=numbers.tolist()))
     units, known = split.units_of(texts), np.zeros(len(texts), dtype=bool)
     if trunk:
