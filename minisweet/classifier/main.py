@@ -68,19 +68,25 @@ def fit(words: list[str]) -> None:
             raise InputError(BESIDE_TRUNK, name)
     if "dev_size" in options and (args.dev_data or not args.file):
         raise InputError("needs a split of FILE, not --dev-data", "dev_size")
-    has_labels = bool(args.file or args.dev_data)
-    if args.label_column is not None and not has_labels:
+    if args.label_column is not None and not (args.file or args.dev_data):
         raise InputError("needs FILE or --dev-data", "label_column")
     if not args.file and not ("trunk" in options and args.unlabelled):
         raise InputError("FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE")
-    first = args.file or args.unlabelled[0]
-    out = args.out or Path("runs") / first.stem
+    out = args.out or Path("runs") / (args.file or args.unlabelled[0]).stem
     check_output(out, args.overwrite)
+    fit_files(classify, args)
+    check_output(out, args.overwrite)  # again, since training takes a while
+    classify.save(out, args.overwrite)
+    print_choice(out, classify)
+
+
+def fit_files(classify: EarlyExitClassifier, args: Namespace) -> None:
+    """Train on the files that `fit` names."""
+    first = args.file or args.unlabelled[0]
     label = "label" if args.label_column is None else args.label_column
     column = text_column(first, args.text_columns)
     if args.file and column == label:
         raise InputError(f"{column}, should not be the label column", "text_columns")
-    columns = {"text_column": column, "label_column": label if has_labels else None, "group_column": args.group_column}
 
     def read(file: Path | None, label: str | None) -> Examples:
         if file is None:
@@ -89,10 +95,8 @@ def fit(words: list[str]) -> None:
 
     rows, given = (read(file, label) for file in (args.file, args.dev_data))
     unlabelled = joined(*(read(file, None) for file in args.unlabelled))
-    classify.fit_rows(first.stem, rows, given, unlabelled, **columns)
-    check_output(out, args.overwrite)  # again, since training takes a while
-    classify.save(out, args.overwrite)
-    print_choice(out, classify)
+    columns = {"text_column": column, "label_column": label if args.file or args.dev_data else None}
+    classify.fit_rows(first.stem, rows, given, unlabelled, **columns, group_column=args.group_column)
 
 
 def choose(words: list[str]) -> None:
