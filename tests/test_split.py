@@ -162,3 +162,10 @@ def test_the_classes_of_own_text_and_of_a_trunk(own):
     assert (sides.train.labels.tolist(), sides.validation.labels.tolist()) == ([2, 0], [0, 2])
     error = refused(class_numbers, names, ["LABEL_0", "no"], "it")
     assert error == "it does not know the label 'yes' of a row; should be one of LABEL_0, no"
+
+
+@pytest.mark.parametrize("labels", [["a\0", "a"], ["a\0", "b"], [2**53, 2**53 + 1, 0.5]])
+def test_labels_that_numpy_changes_or_mixes_up_are_refused(labels):
+    assert "NumPy changes some, or mixes them up: " in refused(classes_of, labels)
+    assert classes_of([0.5, 2, 1]) == [0.5, 1.0, 2.0]
+    assert classes_of([2**53, 2**53 + 1]) == [2**53, 2**53 + 1]

@@ -25,6 +25,7 @@ from minisweet.texts import Texts
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_NGRAMS = 5  # on each side
+MOST_ROWS = 10_000  # rows of the page that have n-grams, so that it stays small
 
 
 def explain(cascade: Cascade, text: str) -> list[tuple[Answer, bool]]:
@@ -91,9 +92,10 @@ def write_page(path: Path, cascade: Cascade, point: OperatingPoint, record: Name
     answers = answers_of(logits, point.rule, texts.labels, texts.keys)
     full = at_full_depth(logits[0], logits[1], point.rule).softmax(-1).amax(-1)
     thresholds = sorted({lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > lowest)})
-    right = answers.labels  # all or none of these rows have one
+    right = answers.scored().labels
     classes = np.stack([answers.early, answers.full])  # (2, N)
-    words = (word_scores(cascade, texts, row) for row in progress(range(len(texts)), desc="exit 0", unit="text"))
+    rows = range(min(MOST_ROWS, len(texts)))
+    words = (word_scores(cascade, texts, row) for row in progress(rows, desc="exit 0", unit="text"))
     data: dict[str, Any] = {
         "scores": (100 * (answers.decide_at(thresholds) == right).mean(1)).tolist(),
         "speedup_ratios": answers.stay_at(thresholds).mean(1).tolist(),

@@ -71,6 +71,7 @@ def new_record(
         depth=model.encoder.depth,
         validation_rows=len(validating),
         validation=hash_of(lines_of(validating.examples, labels)),
+        weights=options.weights,
         trained_keys=sorted({*learned.keys.tolist(), *(trunk.trained_keys if trunk else ())}),
         training_groups=sorted({*groups, *(trunk.training_groups if trunk else ())}),
         validation_groups=sorted(validated - groups),
@@ -118,10 +119,11 @@ def read_record(folder: Path) -> Namespace:
     if not (folder / RECORD).is_file():
         raise InputError(f"{folder}: no run here (it has no {RECORD}); train one with minisweet fit")
     content = read_json(folder / RECORD)
-    if content.get("program") != PROGRAM:
-        other = f"or a run of train.py, which is evaluated by: python evaluate.py {folder}"
-        raise InputError(f"{folder}: of an earlier version of minisweet fit, {other}")
-    return Namespace(**content)
+    if content.get("program") == PROGRAM:
+        return Namespace(**content)
+    if content.get("fit"):
+        raise InputError(f"{folder}: a run of an earlier version of minisweet; train it again")
+    raise InputError(f"{folder}: a run of train.py, which is evaluated by: python evaluate.py {folder}")
 
 
 def check_id(path: Path, run_id: str) -> Path:

@@ -38,6 +38,7 @@ from minisweet.classifier.probe import FullModel, fit_probe, load_classifier
 from minisweet.classifier.rows import joined
 from minisweet.defaults import default_batch_size, default_epochs, default_learning_rate
 from minisweet.hub import model_folder
+from minisweet.loading import WEIGHTS
 from minisweet.texts import Examples, Texts, load_tokenizer, special_ids
 
 MAX_LENGTH = 256  # tokens, by default
@@ -119,10 +120,12 @@ def train(
     report.before_training(record, options, learned, side, roles)
 
     # 3. The model and the bag of words learn.
+    started = time.perf_counter()
     embeddings = model.encoder.word_embeddings.weight.detach().clone()  # (V, D), before they are trained
     record.losses = {} if options.trunk else train_model(model, learned, len(labelled), options)
     bag = NgramExit(len(embeddings), len(labels), special_ids(tokenizer))
     train_bag(bag, model, learned, len(labelled), embeddings, options)
+    record.seconds = round(time.perf_counter() - started, 1)
 
     # 4. Both answer the validation rows.
     record.id = run.id_of(model, bag, labels, record.validation)
@@ -144,17 +147,19 @@ def start_from(options: Namespace, name: str, labels: list) -> tuple[FullModel, 
         LOG.info("no layer is trained: the trunk stays as it is, but its bag of words no longer adds to its answers")
     elif trunk:
         model, labels = load_classifier(folder)
+        LOG.info("no layer is trained: the trunk stays as it is")
     elif labels:
         encoder = load_encoder(folder, pooling="mean")
         model = FullModel(encoder, nn.Linear(encoder.config.hidden_size, len(labels)))
         options.lr = options.lr or default_learning_rate(encoder.config)
     else:
-        raise InputError(f"{name}: no row has a text and a label")
+        raise InputError(f"{name}: no row has a label")
     config, length = model.encoder.config, record and record.arguments["max_length"]
     if options.max_length and length and options.max_length != length:  # the keys of cut texts would change
         raise InputError(f"{options.max_length}, should be {length}, as of the trunk {trunk}", "max_length")
     options.max_length = options.max_length or length or min(MAX_LENGTH, config.max_tokens)
     options.batch_size = options.batch_size or default_batch_size(config)
+    options.weights = run.hash_of((folder / WEIGHTS).read_bytes())
     return model, load_tokenizer(folder, config.vocab_size, options.max_length, config.max_tokens), labels, record
 
 
