@@ -23,6 +23,7 @@ REFUSALS = [
     ("train", f"{TRAIN} --lr inf", "argument --lr: 'inf', should be a positive number"),
     # the paper's half: hub, options, tasks, run
     ("train", "--model no-such --out new", "model 'no-such': neither a folder, nor owner/name on the hub, nor one of"),
+    ("train", "--model two --out new", "model 'two': two has no config.json, should be public weights"),
     ("train", "--model bag --out new", "model 'bag': a run, should be public weights"),
     ("train", f"{TRAIN} --max-length 41", "--max-length: 41, should be at most 40, the positions of tiny"),
     ("train", f"{TRAIN} --out tiny --overwrite", "--out: tiny exists and is not a run; name another folder"),
@@ -65,7 +66,8 @@ REFUSALS = [
     ("fit", f"own.csv {FIT} --unlabelled own.csv", "--unlabelled: no text is left: all of them are also labelled, or"),
     ("fit", f"own.csv {FIT} --unlabelled two.csv", "two.csv: no column text or sentence; it has sentence1,"),
     ("fit", "own.csv --trunk ee --out new", "ee: a run of train.py, which is evaluated by: python evaluate.py ee"),
-    ("fit", "own.csv --trunk own.csv --out new", "--trunk: own.csv is not a folder; should be a run, or a classif"),
+    ("fit", "own.csv --trunk own.csv --out new", "--trunk: own.csv is no folder with config.json; should be a run"),
+    ("fit", "own.csv --trunk two --out new", "--trunk: two is no folder with config.json; should be a run"),
     ("fit", "own.csv --trunk bag --out new --max-length 30", "--max-length: 30, should be 32, as of the trunk bag"),
     ("predict", "no-point own.csv", "no-point/operating.json: not readable as JSON"),
     ("test", "bag own.csv", "own.csv: no row is left to test on: 32 with a label that the model does not know (a, b)"),

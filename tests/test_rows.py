@@ -144,6 +144,7 @@ REFUSED = [
     ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": 5, "label": "x"}\n', "line 2: 'text' is 5, should be text"),
     ("a.jsonl", b'{"text": "a\\ud83d", "label": "x"}\n', "line 1: not readable as a JSON object"),
     ("a.jsonl", b'{"text": "a", "label": [1]}\n', "line 1: 'label': [1] is not a label, should be text or a number"),
+    ("a.jsonl", b'{"text": "a", "label": 1e999}\n', "line 1: 'label': inf is not a label, should be text or a number"),
     ("a.jsonl", b'[["text", "a"], ["label", "x"]]\n', "line 1: not readable as a JSON object"),
     ("a.jsonl", b'{"text": ' + b"[" * 10**5, "line 1: not readable as a JSON object"),
 ]

@@ -5,6 +5,7 @@ Files are CSV, TSV and JSON lines, in UTF-8.
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -174,7 +175,8 @@ def clean_label(value: Any) -> str | int | float | bool | None:
     """A label or a group, without blanks around it; None if it is empty or NaN. Raises ValueError for what is none."""
     if value is None or (isinstance(value, float) and value != value):
         return None
-    if type(value) not in (str, int, float, bool):  # the text of an enumeration's member is not its value
+    is_plain = type(value) in (str, int, float, bool)  # the text of an enumeration's member is not its value
+    if not is_plain or value in (math.inf, -math.inf):
         raise ValueError(f"{value!r:.60} is not a label, should be text or a number")
     json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # as in the files of a run
     return (value.strip() or None) if isinstance(value, str) else value
