@@ -5,7 +5,7 @@
     python evaluate.py runs/A runs/B runs/C --plot compare.png
     python evaluate.py runs/NAME --predict new.tsv --threshold 0.9
 
-One forward pass over all validation rows gives the answers of every exit, which determine the decisions at all
+One pass of each model over the validation rows gives the answers of all exits, which determine the decisions at all
 thresholds. Each fifth of the rows is scored with temperatures of the other four (minisweet/confidence.py).
 Prints the scores and the curve, and writes evaluation.json, curve.png and logits.safetensors (to try other criteria)
 into the run folder.
@@ -138,8 +138,8 @@ def predict(folder: Path, file: Path, threshold: float, device: str = "auto", am
                 found = early_exit(models, *inputs, threshold, evaluation["fitted"], evaluation["criterion"])
             if not found.confidence.isfinite().all():
                 raise InputError(f"{file}: the exits give infinite numbers or NaN; try --amp off")
-            for row, label, k, sure in zip(batch.rows.tolist(), *map(torch.Tensor.tolist, found), strict=True):
-                printed[row] = f"{run.labels[label]}\t{sure:.6f}\t{run.exit_layers[k]}"
+            for row, label, k, confidence in zip(batch.rows.tolist(), *map(torch.Tensor.tolist, found), strict=True):
+                printed[row] = f"{run.labels[label]}\t{confidence:.6f}\t{run.exit_layers[k]}"
         print("\n".join(printed))
 
 
@@ -197,7 +197,7 @@ def main() -> None:
     if (args.predict is None) != (args.threshold is None):
         raise InputError("--predict FILE.tsv and --threshold go together")
     if (args.plot or args.predict) and (args.thresholds or args.criterion or (args.plot and args.predict)):
-        raise InputError("--plot and --predict use an evaluation as it is, without --thresholds or --criterion")
+        raise InputError("--plot and --predict use an evaluation as it is: not both, no --thresholds, no --criterion")
     if len(args.runs) > 1 and not args.plot:
         raise InputError(f"{args.runs[1]}: a second run, and only --plot takes several")
     runs = args.runs or [newest_run()]

@@ -52,7 +52,7 @@ def fine_tune(
 
     The loss is the unweighted sum of the exits' losses. The learning rate decays linearly from `lr` to zero. As in the
     authors' code, there is no weight decay and no warm-up. `precision` is the type to autocast to; None means float32.
-    `train` renumbers the ids of `texts` (`used_rows`): other texts do not fit the model meanwhile.
+    Dev rows can be scored between epochs (`eval()`, `answer_all`, `train()`) if `train` leaves out `used_rows`.
     Raises InputError if a loss, or a trained parameter, is infinite or NaN.
     """
     device = torch.device(device)
@@ -115,15 +115,15 @@ def train(args: Namespace) -> Path:
     if rows.second is not None and models[0].encoder.reads_token_types and config.type_vocab_size < 2:
         raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {args.task}, need 2")
     counts = len(texts), len(order), args.max_length, texts.is_cut.sum(), len(dev.first)
-    LOG.info("%s: %d of %d rows to train on (cut to %d tokens: %d), %d to validate", args.task, *counts)
+    LOG.info("%s: %d of %d rows to train on (cut to %d tokens: %d), %d dev rows", args.task, *counts)
     announce(args, config.num_hidden_layers, device, precision)
 
     # 4. Training.
     start, losses = time.perf_counter(), []
     settings = {name: getattr(args, name) for name in ("epochs", "batch_size", "lr", "seed")}
     for model in models:
-        with used_rows(model.encoder.word_embeddings, texts) as few:  # for speed alone: the same texts, renumbered
-            losses.append(fine_tune(model, few, **settings, device=device, precision=precision))
+        with used_rows(model.encoder.word_embeddings, texts) as renumbered:  # for speed alone
+            losses.append(fine_tune(model, renumbered, **settings, device=device, precision=precision))
 
     # 5. Save.
     check_output(out, args.overwrite)  # once more, since training takes a while

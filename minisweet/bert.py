@@ -39,7 +39,7 @@ class BertLayer(TransformerLayer):
 
 
 class BertEncoder(TransformerEncoder):
-    """Embeddings and layers of BERT, randomly initialised. `load_encoder` loads a checkpoint."""
+    """Embeddings and layers of BERT, randomly initialized. `load_encoder` loads a checkpoint."""
 
     reads_token_types = True
 

@@ -32,7 +32,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Fit the temperature T > 0 of logits (N, C) to labels (N,). It is 1 if there are no rows.
 
     Minimizes the mean negative log-likelihood plus log(T)^2 / N, a weak prior that keeps T near 1. Without it, an exit
-    that is right on every row would get a temperature near 0 and always be certain. The zero of the derivative by
+    that is right on every row would get a temperature near 0 and always be certain. The zero of the derivative in
     log(T) is found by bisection from -7 to 7. The prior is not convex in 1/T, so there might be other zeros.
     """
     logits = logits.double().T.contiguous()  # (C, N): sums over few classes are faster this way
@@ -47,7 +47,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def learned_certainty(answer: Answer, fitted: Tensor) -> Tensor:
-    """Learning-to-exit's certainty (n,), as a share of the range in `fitted`, like in the authors' code (Sec. 5)."""
+    """Learning-to-exit's certainty (n,), as a share of the range in `fitted`, as in the authors' code (Sec. 5)."""
     low, high = fitted
     return (certainty_of(answer) - low) / (high - low).clamp(min=1e-12)
 
@@ -62,9 +62,9 @@ def certainty_of(answer: Answer) -> Tensor:
 class Criterion(NamedTuple):
     """What makes an exit confident."""
 
-    confidence: Callable[[Answer, Tensor], Tensor]  # of an answer to n texts, (n,), from what was fitted of the exit
-    fit: Callable[[Answer, Tensor], list[float]]  # that, from an answer to N texts and their labels (N,)
-    lowest: Callable[[int], float]  # the lowest confidence, from C; the highest is 1
+    confidence: Callable[[Answer, Tensor], Tensor]  # (n,), of an answer to n texts, given what was fitted for its exit
+    fit: Callable[[Answer, Tensor], list[float]]  # fits that to an answer to N texts and their labels (N,)
+    lowest: Callable[[int], float]  # the lowest confidence, given C
 
 
 # A new criterion is one more line. evaluate.py --criterion takes its name.
@@ -77,11 +77,11 @@ CRITERIA = {
 def confidence(criterion: str, answer: Answer, fitted: Sequence[float]) -> Tensor:
     """How confident an exit is of its answer to n texts, (n,), in float32: at least `lowest`, and less than 1.
 
-    Rounding may give 1, or less than 1/C. It is clamped, since at threshold 1 no text exits early, and at 1/C all do.
+    Rounding may leave this range. It is clamped, since at threshold 1 no text exits early, and at `lowest` all do.
     """
-    of = CRITERIA[criterion]
-    lowest = of.lowest(answer.logits.shape[-1])
-    return of.confidence(answer, torch.tensor(fitted, device=answer.logits.device)).clamp(lowest, BELOW_1)
+    entry = CRITERIA[criterion]
+    lowest = entry.lowest(answer.logits.shape[-1])
+    return entry.confidence(answer, torch.tensor(fitted, device=answer.logits.device)).clamp(lowest, BELOW_1)
 
 
 def crossfit(criterion: str, answers: Sequence[Answer], labels: np.ndarray, keys: np.ndarray) -> Tensor:
@@ -90,8 +90,8 @@ def crossfit(criterion: str, answers: Sequence[Answer], labels: np.ndarray, keys
     `labels` and `keys` (N,) are those of `Texts`.
     """
     confidences, fold = torch.empty(len(answers), len(labels)), folds(labels, keys)
-    for n in np.unique(fold):
-        own, others = torch.from_numpy(fold == n), torch.from_numpy(fold != n)
+    for number in np.unique(fold):
+        own, others = torch.from_numpy(fold == number), torch.from_numpy(fold != number)
         others = others if others.any() else own  # a single text has no others
         for k, answer in enumerate(answers):
             fitted = CRITERIA[criterion].fit(rows_of(answer, others), torch.from_numpy(labels)[others])

@@ -70,7 +70,7 @@ class DebertaLayer(TransformerLayer):
 
 
 class DebertaEncoder(TransformerEncoder):
-    """Embeddings, relative table and layers of DeBERTa, randomly initialised."""
+    """Embeddings, relative table and layers of DeBERTa, randomly initialized."""
 
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__(config)

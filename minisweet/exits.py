@@ -2,9 +2,9 @@
 
     Early-Exit (ee)     -- 1 -- 2 -- 3                 numbers are exits; each loss updates all layers (--) below it
     SWEET (sweet)       -- 1 x- 2 x- 3                 the gradient stops at x, the previous exit
-    Multi-Model (mm)    -- 1    ----- 2    -------- 3  one model per exit, trained by itself
+    Multi-Model (mm)    -- 1    ----- 2    -------- 3  one model per exit, trained alone
 
-The loss is the sum of the exits' losses (train.py). Where gradients stop, each parameter gets that of one exit alone.
+The loss is the sum of the exits' losses (train.py). In SWEET, each parameter gets the gradient of one of them alone.
 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
@@ -44,7 +44,7 @@ class MultiExitModel(nn.Module):
         encoder: BERT, DeBERTa or MPNet. Layers after the last exit are never run. Its config says what exits read.
         exit_layers: the layers with an exit, increasing, counted from 1 as in the paper.
         num_labels: C.
-        method: a key of METHODS. From equal weights all give equal answers, but "sweet" has other gradients.
+        method: a key of METHODS. With equal weights all give equal answers, but "sweet" has other gradients.
         exit_strategy: a key of HEADS: "confidence", or "lte" for learning-to-exit.
     """
 
@@ -60,7 +60,7 @@ class MultiExitModel(nn.Module):
         check_exits(exit_layers, len(encoder.layers), method, exit_strategy, encoder.config.pooling)
         self.encoder, self.exit_layers, self.num_labels, self.method = encoder, list(exit_layers), num_labels, method
         self.heads = nn.ModuleList(HEADS[exit_strategy](encoder, num_labels) for _ in exit_layers)
-        self.train()  # as any new module, whatever the encoder's mode was
+        self.train()  # like any new module, whatever the encoder's mode was
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -73,7 +73,7 @@ class MultiExitModel(nn.Module):
         input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
         answers: list[Answer] = []
         hidden = self.encoder.embed(input_ids, token_type_ids)  # (B, T, D)
-        context = self.encoder.context(mask)  # the bias for padding, and what MPNet and DeBERTa learn of distances
+        context = self.encoder.context(mask)  # the bias for padding, and what MPNet and DeBERTa learn about distances
         for n, layer in enumerate(islice(self.encoder.layers, self.exit_layers[-1]), start=1):
             hidden = layer(hidden, context)  # (B, T, D); in EE the gradients of all later exits flow back through here
             if n in self.exit_layers:
@@ -85,7 +85,7 @@ class MultiExitModel(nn.Module):
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
-    """What an exit reads of hidden states (B, T, D) with a mask (B, T): a vector (B, D).
+    """What an exit reads from hidden states (B, T, D) with a mask (B, T): a vector (B, D).
 
     "cls" is the state of the first token, [CLS], as in the authors' code. "mean" is the mean over the
     tokens of the mask, in float32, for encoders that were trained to output it (`read_pooling` in loading.py).
@@ -99,7 +99,7 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
 class ExitHead(nn.Module):
     """A classifier on what an exit reads: dropout, pooler (a linear layer) and activation, dropout, classifier.
 
-    The pooler starts from the encoder's `pooler_start` if there is one. Otherwise it is initialised at random, like the
+    The pooler starts from the encoder's `pooler_start` if there is one. Otherwise it is initialized at random, like the
     classifier.
     """
 
@@ -154,7 +154,7 @@ def build_models(
 def exit_costs(models: Sequence[MultiExitModel]) -> list[float]:
     """What each exit costs: the share of the encoder's layers that have run when it answers, (K,) (Eq. 1).
 
-    MM's models each start from the embeddings, so that the layers of the models before count too. Heads do not count.
+    MM's models each start from the embeddings, so the layers of earlier models count too. Heads do not count.
     """
     costs, before = [], 0
     for model in models:

@@ -42,7 +42,7 @@ def used_rows(embedding: nn.Embedding, texts: Texts) -> Iterator[Texts]:
 
 @contextmanager
 def no_initial_weights() -> Iterator[None]:
-    """Make modules without allocating or initialising weights, for a loader that replaces their whole state dicts."""
+    """Make modules without allocating or initializing weights, for a loader that replaces their whole state dicts."""
     with torch.device("meta"), _NoInit():
         yield
 

@@ -1,9 +1,9 @@
 """Two ways to run the exits on texts: all of them, for an evaluation; and live early exit, as in deployment.
 
 An exit's answer does not depend on which other texts have left, so the answers of all exits determine, for every
-threshold, who leaves where. With equal temperatures live early exit decides alike (tests/test_paper.py), except where a
-confidence is within rounding error of the threshold: 1e-6 in float32, 1e-2 in bfloat16. (The table of evaluate.py has
-cross-fitted temperatures, and --predict those of all dev rows.)
+threshold, which text leaves where. With equal temperatures live early exit decides the same (tests/test_paper.py),
+except where a confidence is within rounding error of the threshold: 1e-6 in float32, 1e-2 in bfloat16. (The table of
+evaluate.py has cross-fitted temperatures, and --predict those of all dev rows.)
 
 Dimension letters: B texts, T tokens, K exits, C classes, N texts in all, R texts of a batch that have not left.
 """
@@ -26,7 +26,7 @@ from minisweet.texts import Texts
 
 @torch.no_grad()  # inference_mode would make autocast cast the weights anew for each product
 def answer_all(models: Sequence[MultiExitModel], texts: Texts, precision: torch.dtype | None = None) -> list[Answer]:
-    """The answers of all K exits of models, in evaluation mode, to N texts, in float32 and on the CPU.
+    """The answers of all K exits to N texts, in float32 and on the CPU. The models should be in evaluation mode.
 
     `precision` is the type to autocast to; None means float32. Raises InputError if logits are infinite or NaN.
     """
@@ -73,12 +73,13 @@ def early_exit(
         models: of `build_models`, in evaluation mode.
         input_ids, attention_mask, token_type_ids: (B, T), as in `MultiExitModel.forward`.
         threshold: at the criterion's lowest confidence all texts take the first exit, and at 1 the last.
-        fitted: what the criterion's `fit` has found of each of the K exits.
+        fitted: what the criterion's `fit` found for each of the K exits.
         criterion: a key of CRITERIA in confidence.py.
     """
     input_ids, attention_mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
     rows = torch.arange(len(input_ids), device=input_ids.device)  # (R,) the texts that have not left
-    labels, exits, sure = torch.zeros_like(rows), torch.zeros_like(rows), torch.zeros(len(rows), device=rows.device)
+    labels, exits = torch.zeros_like(rows), torch.zeros_like(rows)
+    confidences = torch.zeros(len(rows), device=rows.device)
     k = 0
     for model in models:  # EE and SWEET are one model; each of MM's starts from the embeddings, with the texts left
         T = longest(attention_mask[rows])
@@ -89,16 +90,16 @@ def early_exit(
             if n in model.exit_layers:
                 head = model.heads[model.exit_layers.index(n)]
                 answer = head(pool(hidden, mask, model.encoder.config.pooling))
-                sure[rows] = confidence(criterion, answer, fitted[k])  # (R,)
+                confidences[rows] = confidence(criterion, answer, fitted[k])  # (R,)
                 labels[rows], exits[rows] = answer.logits.argmax(-1), k
-                k, stay = k + 1, sure[rows] < threshold
+                k, stay = k + 1, confidences[rows] < threshold
                 rows = rows[stay]
                 if not len(rows):
-                    return Decisions(labels, exits, sure)
+                    return Decisions(labels, exits, confidences)
                 T = longest(mask[stay])
                 hidden, mask = hidden[stay, :T], mask[stay, :T]
                 context = model.encoder.context(mask)
-    return Decisions(labels, exits, sure)
+    return Decisions(labels, exits, confidences)
 
 
 def longest(attention_mask: Tensor) -> int:

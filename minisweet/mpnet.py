@@ -21,7 +21,7 @@ STARTS = [*range(1, 8), *(math.ceil(8 * 16 ** (n / 8)) for n in range(8))]
 
 
 class MPNetEncoder(TransformerEncoder):
-    """Embeddings, table of biases and layers of MPNet, randomly initialised."""
+    """Embeddings, table of biases and layers of MPNet, randomly initialized."""
 
     def __init__(self, config: MPNetConfig) -> None:
         super().__init__(config)

@@ -60,14 +60,14 @@ def test_the_pooling_is_the_checkpoints_or_the_presets_or_that_which_is_asked_fo
         write_json(folder / "1_Pooling" / "config.json", content)
         assert read_config(folder).pooling == expected
     several = {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}
-    for content in ({}, old, several, {"pooling_mode": "max"}, {"pooling_mode": ["cls", "mean"]}, {"pooling_mode": 1}):
+    for content in ({}, old, several, {"pooling_mode": "sum"}, {"pooling_mode": ["cls", "mean"]}, {"pooling_mode": 1}):
         write_json(folder / "1_Pooling" / "config.json", content)
         error = conftest.refused(read_config, folder)
         assert error.startswith(f"pooling: {folder / '1_Pooling' / 'config.json'}: the model was trained to give ")
         assert read_config(folder, "mean").pooling == load_encoder(folder, pooling="mean").config.pooling == "mean"
     shutil.rmtree(folder / "1_Pooling")
-    write_json(folder / "config.json", read_json(folder / "config.json") | {"pooling": "max"})
-    assert "pooling is 'max', should be one of" in conftest.refused(read_config, folder)
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"pooling": "none"})
+    assert "pooling is 'none', should be one of" in conftest.refused(read_config, folder)
 
 
 @pytest.mark.parametrize("method", ["sweet", "mm"])
@@ -90,8 +90,8 @@ def test_a_mask_and_types_may_be_left_out_and_padding_on_the_left_is_refused(mod
 def test_impossible_exits_and_unknown_methods_are_refused(exit_layers, more, reason):
     with pytest.raises(ValueError, match=reason):
         MultiExitModel(tiny_encoder("bert"), exit_layers, 2, *more)
-    with pytest.raises(ValueError, match="'max' is none of cls, mean"):
-        MultiExitModel(tiny_encoder("bert", pooling="max"), (1,), 2)
+    with pytest.raises(ValueError, match="'none' is none of cls, mean"):
+        MultiExitModel(tiny_encoder("bert", pooling="none"), (1,), 2)
 
 
 def test_the_loss_is_cross_entropy_and_the_squared_error_of_the_certainty():

@@ -161,7 +161,7 @@ def test_a_data_set_in_glues_layout_is_trained_on_and_evaluated(command, tmp_pat
     words = "--model tiny --data-dir . --task own --exit-layers 1,2,4 --max-length 32 --amp off --out run".split()
     status, _, err = command(train, *words)
     assert "lr 0.0001, epochs 5, seed 0, " in err
-    assert (status, "own: 2 of 2 rows to train on (cut to 32 tokens: 0), 3 to validate\n" in err) == (0, True)
+    assert (status, "own: 2 of 2 rows to train on (cut to 32 tokens: 0), 3 dev rows\n" in err) == (0, True)
     assert [f"{name}.tsv: rows without text or label, skipped: 1\n" in err for name in ("train", "dev")] == [True, True]
     record = read_run(Path("run"))
     assert (record.task, record.labels, record.text_columns) == ("own", ["no", "yes"], columns)

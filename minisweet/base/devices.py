@@ -9,7 +9,7 @@ import torch
 from minisweet.base.files import LOG, InputError
 
 AMP_CHOICES = ("auto", "off", "bf16", "fp16")
-AMP_HELP = f"mixed precision: {', '.join(AMP_CHOICES)}; auto: on CUDA, and in training on a CPU with bfloat16"
+AMP_HELP = f"autocast: {', '.join(AMP_CHOICES)}; off: float32; auto: on CUDA, and in training on a CPU with bfloat16"
 CPU_TOKENS, GPU_TOKENS = 1024, 2**15  # on a CPU, much larger batches leave the cache and take up to 1.5 times as long
 
 

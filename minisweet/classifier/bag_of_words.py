@@ -138,7 +138,7 @@ class Features:
 
 
 def fit_weights(features: Features, scale: float, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimise the mean cross-entropy plus an L2 penalty. Returns the weights `free` (R, C) and `dense` (D+2, C).
+    """Minimize the mean cross-entropy plus an L2 penalty. Returns the weights `free` (R, C) and `dense` (D+2, C).
 
     `scale` multiplies the embeddings. `targets` (N, C) are probabilities, or zeros for a text that does not count.
 

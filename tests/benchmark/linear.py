@@ -1,7 +1,7 @@
 """What one would use in place of ours: a logistic regression on TF-IDF, on embeddings (also static ones), or on both.
 
 TF-IDF counts words, pairs of words, and three to five characters within words. Embeddings are MiniLM's mean-pooled last
-layer, normalised: they cost all layers. The regression's strength is chosen by cross-validation; folds share no group.
+layer, normalized: they cost all layers. The regression's strength is chosen by cross-validation; folds share no group.
 Static embeddings, a vector per token, are made of MiniLM's by model2vec (`pip install 'model2vec[distill]'`):
 
     python -c "from model2vec.distill import distill; distill('weights/minilm-l6').save_pretrained('weights/static')"
@@ -34,7 +34,7 @@ def minilm() -> tuple:
 
 
 def embed(texts: list[str]) -> np.ndarray:
-    """Texts (N,) to normalised means of MiniLM's last hidden states: (N, D)."""
+    """Texts (N,) to normalized means of MiniLM's last hidden states: (N, D)."""
     encoder, tokenizer = minilm()
 
     def step(ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:

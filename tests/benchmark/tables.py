@@ -195,7 +195,7 @@ def other_claims(runs: list[Run]) -> list[list[str]]:
     ]
     counts = [*(sum(at_share) for at_share in zip(*leads, strict=True)), sum(map(all, leads))]
     here = f"{', '.join(map(str, counts))} of {len(leads)}"
-    rows.append(["SWEET above EE and MM, at 1/6, 1/4, 1/2, all three", "5 of 7 at all", here, "", "a count"])
+    rows.append(["SWEET above EE and MM, at 1/6, 1/4, 1/2, all three", "5 of 7 at each", here, "", "a count"])
     for pooling, name in (("mean", "the mean"), ("cls", "[CLS]")):
         some = [run for run in runs if run.pooling == pooling]
         of_ways = [(way, [run.converged for run in some if run.method == way]) for way in METHODS]
@@ -237,7 +237,8 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
     """The tables of the paper's page, and README's of it."""
     gradients: dict = defaultdict(dict)
     for row in sorted(read_rows(PAPER / "gradients.csv"), key=lambda row: row["pooling"] != "mean"):
-        where = f"layer {row['layer']}: " + ("exit n, later ones" if row["layer"] == row["exit"] else "later ones")
+        which = f"exit {row['exit']} with later ones" if row["layer"] == row["exit"] else "later ones"
+        where = f"layer {row['layer']}: {which}"
         of_where = gradients[f"{named(row['task'])}, {'[CLS]' if row['pooling'] == 'cls' else 'mean'}"]
         of_where.setdefault(where, []).append(f"{float(row['cosine']):.2f}".replace("-0.00", "0.00"))
     places = list(next(iter(gradients.values()), ()))
