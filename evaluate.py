@@ -6,7 +6,7 @@
     python evaluate.py runs/NAME --predict new.tsv --threshold 0.9
 
 One pass of each model over the validation rows gives the answers of all exits, which determine the decisions at all
-thresholds. Each fifth of the rows is scored with temperatures of the other four (minisweet/confidence.py).
+thresholds. Each fifth of the rows is scored with temperatures fitted on the other four (minisweet/confidence.py).
 Prints the scores and the curve, and writes evaluation.json, curve.png and logits.safetensors (to try other criteria)
 into the run folder.
 

@@ -3,7 +3,7 @@
 fit         train on a file of texts, choose what to deploy, say what to expect
 choose      choose again, for another goal
 test        measure the deployed classifier on other labelled texts
-predict     predict the texts of a file
+predict     predict the labels of a file's texts
 explain     show each exit's answer to a text, or write a page of the validation texts
 export      write a run as an ONNX file
 

@@ -67,8 +67,8 @@ def load_encoder(
 
     It has the first `num_layers` layers (default: all), and is in float32 and in evaluation mode. Its exits will read
     `pooling` (default: what the checkpoint was trained to give). Its `pooler_start` is the state dict of the
-    checkpoint's pooler, from which exit heads start, or None. Raises InputError if there are fewer layers, or if a
-    file is missing, unreadable, not implemented, or does not fit the others.
+    checkpoint's pooler, from which exit heads start, or None. Raises InputError if there are fewer layers, if a file
+    is missing, unreadable or inconsistent with the others, or if the architecture is not implemented.
     """
     return load_layers(Path(folder), read_config(folder, pooling), num_layers)
 

@@ -1,10 +1,10 @@
 """How confident an exit is, and which exit a text takes (Sec. 3.3 and App. A of the paper).
 
-A text takes the first exit whose confidence reaches the threshold, or else the last. What the confidence is, is the
-criterion: by default the highest probability after temperature scaling (Guo et al. 2017,
+A text takes the first exit whose confidence reaches the threshold, or else the last. The criterion defines the
+confidence: by default the highest probability after temperature scaling (Guo et al. 2017,
 https://arxiv.org/abs/1706.04599), which divides an exit's logits by one number and changes no prediction. The authors
 fit the temperatures on the very set that they then score. Here they are cross-fitted: each of five folds is scored with
-temperatures of the other four.
+temperatures fitted on the other four.
 
 Dimension letters: K exits, N texts, n some of them, C classes.
 """
@@ -75,9 +75,9 @@ CRITERIA = {
 
 
 def confidence(criterion: str, answer: Answer, fitted: Sequence[float]) -> Tensor:
-    """How confident an exit is of its answer to n texts, (n,), in float32: at least `lowest`, and less than 1.
+    """How confident an exit is in its answer to n texts, (n,), in float32: at least `lowest`, and less than 1.
 
-    Rounding may leave this range. It is clamped, since at threshold 1 no text exits early, and at `lowest` all do.
+    Clamped, since rounding may leave this range: at threshold 1 no text exits early, and at `lowest` all do.
     """
     entry = CRITERIA[criterion]
     lowest = entry.lowest(answer.logits.shape[-1])

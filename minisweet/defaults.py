@@ -19,7 +19,7 @@ SMALL = 512  # models up to this hidden size, such as MiniLM (384), need larger 
 
 
 def fill_in(args: Namespace, config: Config, task: Task, rows: int) -> None:
-    """Replace the options of a training that are None: by the model, the task and its number of training rows.
+    """Fill in the training options that are None, from the model, the task and its number of training rows.
 
     Raises InputError if the model cannot have these exits.
     """
@@ -53,7 +53,7 @@ def default_batch_size(config: Config) -> int:
 
 
 def default_epochs(least: int, steps: int, rows: int, batch_size: int) -> int:
-    """At least so many epochs, and enough of them for so many steps."""
+    """The number of epochs: at least `least`, and enough for at least `steps` steps."""
     return max(least, ceil(steps / ceil(rows / batch_size)))
 
 

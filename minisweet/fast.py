@@ -1,4 +1,4 @@
-"""Speed alone: used words, weights that are made once, settings of the CPU. Results stay the same without it.
+"""Only for speed: embeddings of used words, no redundant initialization, CPU settings. Results do not depend on it.
 
 Dimension letter: V words.
 """

@@ -39,7 +39,7 @@ def checked_inputs(
 
 
 class TransformerLayer(nn.Module):
-    """A post-norm layer: attention, then a feed-forward block, each with dropout, a residual sum and LayerNorm.
+    """A post-norm layer: attention, then a feed-forward block, each with dropout, a residual connection and LayerNorm.
 
     A subclass per encoder adds the projections of attention and `attend`.
     """
@@ -72,7 +72,7 @@ class TransformerLayer(nn.Module):
 
 
 def draw_weights(module: nn.Module, std: float) -> None:
-    """Initialise weights at random, with the standard deviation that the config gives."""
+    """Initialize weights at random, with the standard deviation that the config gives."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             nn.init.normal_(part.weight, std=std)
@@ -88,7 +88,7 @@ class TransformerEncoder(nn.Module):
     hidden = layer(hidden, context)                      -> for each layer of encoder.layers
     encoder(input_ids, attention_mask, token_type_ids)   -> all L+1 hidden states
 
-    Exit heads also read `config` and `pooler_start`, heads and training `word_embeddings`, and costs need `depth`.
+    Exit heads also read `config` and `pooler_start`, costs need `depth`, and heads and training use `word_embeddings`.
     tour/exercises.md shows how to add another encoder.
     """
 

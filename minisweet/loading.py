@@ -21,7 +21,7 @@ from minisweet.layers import TransformerEncoder
 from minisweet.mpnet import MPNetEncoder
 
 SENTENCE_ENCODERS = ("minilm-l6", "mpnet-base")  # presets that were trained to give the mean of their tokens
-POOLING = "1_Pooling/config.json"  # where sentence-transformers keeps what it trained a model to give
+POOLING = "1_Pooling/config.json"  # where sentence-transformers stores the pooling of a model
 OLD = "pooling_mode_"
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
 OURS = "minisweet"  # the model_type of a run, so that other libraries do not mistake it for a plain BERT

@@ -39,4 +39,4 @@ def area_under_curve(ratios: Sequence[float], scores: Sequence[float], start: fl
     ends = np.interp([low, high], x, y)
     x, y = np.r_[low, x[inside], high], np.r_[ends[0], y[inside], ends[1]]
     mean = np.trapezoid(y, x) / (high - low) if high > low else ends[1]
-    return float(np.clip(mean, y.min(), y.max()))  # rounding must not make 100.00000000000001 of 100
+    return float(np.clip(mean, y.min(), y.max()))  # rounding must not turn 100 into 100.00000000000001

@@ -81,7 +81,7 @@ def run_name(args: Namespace) -> str:
 
 
 def environment(device: torch.device, precision: torch.dtype | None) -> dict[str, Any]:
-    """What something was computed on: the device, the precision, and the versions of all that took part."""
+    """The environment of a computation: the device, the precision, and the versions of the software."""
     versions = {name: version(name) for name in ("torch", "tokenizers", "safetensors", "numpy")}
     versions |= {"python": platform.python_version(), "system": platform.platform()}
     return {"device": device_name(device), "precision": str(precision or torch.float32), "versions": versions}

@@ -25,7 +25,7 @@ class Task(NamedTuple):
     files: tuple[str, str] = ("train.tsv", "dev.tsv")
     metric: Literal["accuracy", "matthews"] = "accuracy"
     epochs: int = 2  # by default, as in the paper
-    steps: int = 0  # the least steps by default: more epochs are run if `epochs` give fewer
+    steps: int = 0  # the minimum number of steps by default: more epochs are run if `epochs` gives fewer
 
 
 PAPER_STEPS = 750  # for own data: two epochs of 6,000 rows in batches of 16; after far fewer an exit may learn nothing

@@ -1,4 +1,4 @@
-"""Sentences into batches (B) of tokens (T): N examples are tokenised once, and each batch is padded to its longest."""
+"""Sentences to batches (B) of tokens (T): N examples are tokenized once, and each batch is padded to its longest."""
 
 import copy
 import hashlib
@@ -19,7 +19,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "t
 # Start, end, padding and unknown word. MPNet's vocabulary holds BERT's too, and its pairs are <s> A </s></s> B </s>.
 BERTS, MPNETS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]"), ("<s>", "</s>", "<pad>", "[UNK]")
 SPECIAL = [MPNETS, BERTS]  # a tokenizer's are the first of these that it has
-# What tokenizer_config.json says of how a text is split into the words of vocab.txt, and what `tokenizers` calls it.
+# The settings of tokenizer_config.json for splitting a text into words of vocab.txt, and their names in `tokenizers`.
 WORD_PIECE = {"do_lower_case": "lowercase", "strip_accents": "strip_accents"}
 WORD_PIECE |= {"tokenize_chinese_chars": "handle_chinese_chars"}
 CHARACTERS = 32  # read per token, several times what is needed; the rest of a text is ignored
@@ -159,7 +159,7 @@ class Batch(NamedTuple):
 
 
 class Texts:
-    """N examples, tokenised once.
+    """N examples, tokenized once.
 
     Attributes:
         examples: the strings and labels.

@@ -89,7 +89,7 @@ def test_without_labels_a_trunk_is_enough_and_its_labels_keep_their_type(new, tm
     for few, message in (([], "no text is left to learn from"), (["a film"], "too few validation texts")):
         assert message in refused(new(**beside).fit, None, None, unlabelled=few)
     for option, value in (("model", "x"), ("lr", 1.0), ("epochs", 1)):
-        told = f"{option}: cannot stand beside a trunk: nothing but the bag of words is trained then"
+        told = f"{option}: cannot be combined with a trunk: only the bag of words is trained then"
         assert refused(new(**beside | {option: value}).fit, None, None, unlabelled=texts) == told
 
 

@@ -57,7 +57,7 @@ REFUSALS = [
     ("fit", f"own.csv {FIT} --group-column=", "own.csv: no column ; it has text, label; name one with --group-column"),
     ("fit", f"own.csv {FIT} --max-lost 200", "argument --max-lost: '200', should be a number from 0.01 to 99.99"),
     ("fit", f"own.csv {FIT} --out bag", "--out: bag holds a run already; name another folder, or pass --overwrite"),
-    ("fit", "own.csv --trunk bag --out new --model minilm-l6", "--model: cannot stand beside a trunk: nothing but the"),
+    ("fit", "own.csv --trunk bag --out new --model minilm-l6", "--model: cannot be combined with a trunk: only the"),
     ("fit", f"two.csv {FIT} --text-columns sentence1 --dev-size 0.1", "two: too few rows: no text can be set aside"),
     ("fit", f"own.csv {FIT} --dev-data own.csv --dev-size 0.3", "--dev-size: needs a split of FILE, not --dev-data"),
     ("fit", "--trunk bag --unlabelled own.csv --out new --dev-size 0.3", "--dev-size: needs a split of FILE, not -"),

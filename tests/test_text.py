@@ -1,4 +1,4 @@
-"""Tokenising and batches."""
+"""Tokenizing and batches."""
 
 import json
 import unicodedata

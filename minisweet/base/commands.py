@@ -1,4 +1,4 @@
-"""What every command shares: a parser, types of options that refuse bad values, and errors of one line."""
+"""What every command shares: a parser, option types that reject bad values, and one-line errors."""
 
 import logging
 import math
@@ -54,7 +54,7 @@ positive_number = checked(float, lambda value: 0 < value < math.inf, "a positive
 
 
 def list_of(kind: Callable[[str], Any], among: Collection[str] | None = None) -> Callable[[str], list]:
-    """Different values with commas between them, typed `among` some words if there are any."""
+    """Distinct comma-separated values, each one of `among` if it is given."""
     words = f"different values{f' of {preview([*among], 24)}' if among else ''}, with commas between them"
 
     def is_right(values: list) -> bool:

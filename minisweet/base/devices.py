@@ -32,7 +32,7 @@ def choose_precision(amp: str, device: torch.device, training: bool = False) -> 
     """The type to autocast to, or None for float32.
 
     "auto" means bfloat16 if the device has instructions for it, and otherwise float16 on CUDA and float32 on a CPU. But
-    evaluation and prediction on a CPU are then always in float32, so that predictions are the same on every machine.
+    "auto" means float32 for evaluation and prediction on a CPU, so that predictions are the same on every machine.
     Raises InputError for float16 on a CPU.
     """
     if amp == "auto" and device.type == "cuda":

@@ -1,8 +1,8 @@
-"""Exit 0: a bag of words, which answers before the embeddings and at the cost of no layer.
+"""Exit 0: a bag of words, which answers before the embeddings are computed, so it costs no layers.
 
 It is fastText (Joulin et al. 2017, https://arxiv.org/abs/1607.01759) without a hidden layer: a table has a row of C
 numbers for each token and each bigram (two neighbouring tokens). The logits of a text are the sum of its n-grams' rows,
-divided by the root of their number, plus a bias.
+divided by the square root of their number, plus a bias.
 
 The row of a token is a free part plus a linear function of its pre-trained embedding, so that tokens unseen in training
 count too. The logits are linear in the weights, so the loss is convex. A few steps of L-BFGS stop before the minimum.
@@ -25,7 +25,7 @@ FEW_CLASSES = 4
 BUCKETS_IF_FEW = 2**18  # up to FEW_CLASSES a larger table fits, in which fewer bigrams share a row
 FIRST, SECOND, PRIME = 1640531513, 1103515245, 2**31 - 1  # a linear hash (Carter and Wegman 1979)
 PRIOR_VARIANCE = 5.0  # of each weight (L2 penalty)
-OF_BIAS = 1e-4  # times that penalty: the bias is hardly penalised
+OF_BIAS = 1e-4  # times that penalty: the bias is hardly penalized
 STEPS = 25  # of L-BFGS; 100 are no better
 CURVATURE = 0.25  # of the loss, times 1 / C: less than at zero weights, as it decreases towards the minimum
 SCALES = (0.35, 0.7, 1.4)  # of the embeddings, chosen on held-out texts: large for few texts, small for many
@@ -53,7 +53,7 @@ class NgramExit(nn.Module):
         self.is_word[list(special_ids)] = False
 
     def find_rows(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The table's rows (B, 2T) of all tokens of texts (B, T), then of all bigrams; and which count."""
+        """Table rows (B, 2T) of the tokens, then of the bigrams, of texts (B, T), and whether each counts (1 or 0)."""
         is_word = mask * self.is_word[ids]  # 1 or 0
         next_ids, next_is_word = F.pad(torch.stack([ids, is_word]), (0, 1))[..., 1:]  # (B, T)
         code = ids * FIRST + next_ids * SECOND  # far below 2^63

@@ -1,4 +1,4 @@
-"""The cascade: a bag of words answers the easy texts, and the model the rest, together with the bag.
+"""The cascade: a bag of words answers the easy texts; the model answers the rest, with the bag's logits added.
 
 The two err on different texts, and the bag's logits are already there, so they are added with a weight:
 
@@ -30,7 +30,7 @@ from minisweet.classifier.rows import texts_of
 from minisweet.confidence import fit_temperature
 from minisweet.texts import Texts
 
-BATCH_SIZE = 64  # of inference while nothing else is said
+BATCH_SIZE = 64  # for inference, by default
 PRIOR_OF_WEIGHT = 3.0  # pulls the weight towards 0, so that a few rows decide little
 Rule = tuple[float, float, float]  # the two temperatures, and the weight of the bag of words at full depth
 
@@ -38,8 +38,8 @@ Rule = tuple[float, float, float]  # the two temperatures, and the weight of the
 class Answer(NamedTuple):
     """The answer to one text, by the exit that was taken."""
 
-    label: Any  # of the type that was trained on
-    confidence: float  # the label's probability; if a run was made without labels, that full depth agrees
+    label: Any  # of the same type as the training labels
+    confidence: float  # the label's probability; for a run without labels, the probability that full depth agrees
     exit_layer: int  # counted from 1; 0 for exit 0, the bag of words
     probabilities: dict  # of all labels, after temperature scaling
     words: tuple[dict[str, float], dict[str, float]] | None = None  # at exit 0, set by `explain` alone
@@ -47,10 +47,10 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Cascade:
-    """What is deployed: it answers texts. It is never changed, only replaced, so that threads may share it."""
+    """The deployed classifier. It is immutable: it is replaced, never changed, so threads may share it."""
 
     tokenizer: Tokenizer
-    labels: list  # (C,), of the type that was trained on
+    labels: list  # (C,), of the same type as the training labels
     bag: NgramExit  # on `device`, like the model
     model: FullModel  # in evaluation mode
     rule: Rule
@@ -60,7 +60,7 @@ class Cascade:
     batch_size: int = 32  # the most texts that run at once
 
     def tokenize(self, texts: Any) -> Texts:
-        """Tokenise texts. Raises InputError, naming the item, for anything else."""
+        """Tokenize texts. Raises InputError, naming the item, for anything else."""
         return Texts(self.tokenizer, texts_of(texts))
 
     def answer(self, texts: Texts) -> list[Answer]:
@@ -81,7 +81,7 @@ class Cascade:
         return logits, stay * self.model.encoder.depth
 
     def as_answers(self, logits: Tensor, layers: Sequence[int]) -> list[Answer]:
-        """Calibrated logits (N, C), each of the exit after a layer, as answers."""
+        """Turn calibrated logits (N, C) into answers; `layers` (N,) are those of the exits that gave them."""
         probabilities = logits.softmax(-1)
         columns = logits.argmax(-1).tolist(), probabilities.amax(-1).tolist(), layers, probabilities.tolist()
         return [

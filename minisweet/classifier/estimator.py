@@ -38,8 +38,8 @@ class EarlyExitClassifier:
 
     Args:
         model: a preset, a folder in Hugging Face's layout, or an id of its hub.
-        trunk: the folder of a run or a finished classifier to start from, whose layers stay as they are, so that it
-            cannot stand beside model, lr and epochs.
+        trunk: the folder of a run or a finished classifier to start from. Its layers stay frozen, so it cannot be
+            combined with model, lr or epochs.
         dev_size: the share of the distinct labelled texts that is set aside for validation.
         seed: of order and dropout.
         lr, epochs, batch_size, max_length: None for what suits model and data.
@@ -169,7 +169,7 @@ class EarlyExitClassifier:
     def choose(self, max_lost: float | None = None, sure: float | None = None) -> "EarlyExitClassifier":
         """Choose what to deploy for another goal, from the saved logits. Returns the classifier itself.
 
-        Omitted arguments are the constructor's. In another precision than before, the validation texts run again.
+        Omitted arguments are the constructor's. If the precision has changed, the validation texts run again.
         """
         (cascade, point), validation = self.deployed, self.validation
         given = {name: value for name, value in (("max_lost", max_lost), ("sure", sure)) if value is not None}
@@ -189,14 +189,14 @@ class EarlyExitClassifier:
 
     @property
     def deployed(self) -> tuple[Cascade, OperatingPoint]:
-        """What answers, and what to expect of it. Raises InputError before anything was trained or loaded."""
+        """The deployed cascade and its operating point. Raises InputError if nothing has been trained or loaded."""
         if self._deployed is None:
             raise InputError("EarlyExitClassifier: not trained yet; call fit, or EarlyExitClassifier.load")
         return self._deployed
 
     @property
     def cascade(self) -> Cascade:
-        """What answers."""
+        """The deployed cascade."""
         return self.deployed[0]
 
     @property
@@ -217,7 +217,7 @@ class EarlyExitClassifier:
         """Measure early exit on texts X (N) with labels y (N), None where one is missing; see `minisweet test`.
 
         Training and validation texts do not count; with `groups` (N), as in `fit`, one text of each new group does.
-        Returns fields of `operating_point`, those of labels None if there are none, and the scores `per_class`.
+        Returns fields of `operating_point` (those that need labels are None without any) and the scores `per_class`.
         """
         answers, told = self.ask_new(rows_of(X, y, groups), "X")
         if "left out" in told:

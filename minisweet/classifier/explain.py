@@ -41,8 +41,8 @@ def explain(cascade: Cascade, text: str) -> list[tuple[Answer, bool]]:
 def word_scores(cascade: Cascade, texts: Texts, row: int) -> tuple[dict[str, float], dict[str, float]]:
     """The n-grams that add most to exit 0's answer and to its runner-up: at most five each, largest first.
 
-    A number is what a token, or a pair of neighbours "a b", adds to the difference of the two logits, wherever it
-    stands in the text.
+    A number is what a token, or a pair of neighbours "a b", adds to the difference of the two logits, summed
+    over its occurrences in the text.
     """
     bag, (ids, mask, _) = cascade.bag, texts.batch(np.array([row])).to(cascade.device).inputs
     answer, runner_up = bag(ids, mask)[0].argsort(descending=True, stable=True)[:2]
@@ -58,7 +58,7 @@ def word_scores(cascade: Cascade, texts: Texts, row: int) -> tuple[dict[str, flo
 
 
 def print_exits(cascade: Cascade, text: str) -> None:
-    """Print a row per exit, each with its five likeliest labels, and the tokens that speak at exit 0."""
+    """Print a row per exit, each with its five likeliest labels, and the n-grams that contribute most at exit 0."""
     exits = explain(cascade, text)
     taken = next(answer for answer, may_leave in exits if may_leave)
     print(f"threshold {cascade.threshold:.6g}\n\n   layer  confidence  leaves  label and probabilities")

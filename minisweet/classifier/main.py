@@ -47,8 +47,8 @@ def fit(words: list[str]) -> None:
         minisweet fit tickets.csv --unlabelled more.csv
         minisweet fit --trunk my-classifier --unlabelled texts.csv        # exit 0 for a classifier, without labels
 
-    Files are .csv, .tsv or .jsonl. A model is fine-tuned, and exit 0, a bag of words, stands in front of it. Then `fit`
-    does what `minisweet choose` does.
+    Files are .csv, .tsv or .jsonl. Fine-tunes a model and fits exit 0, a bag of words, in front of it. Then chooses a
+    threshold, like `minisweet choose`.
     """
     parser = parser_of(fit, *ARGUMENTS, "max_lost", "sure")
     option = parser.add_argument
@@ -106,12 +106,12 @@ def choose(words: list[str]) -> None:
         minisweet choose runs/tickets --max-lost 1 --sure 95
 
     A text is lost if full depth, which runs all layers, is right and early exit is wrong. The promise holds for one
-    goal that is fixed in advance, not for the best of several. In another precision than before, the validation texts
+    goal that is fixed in advance, not for the best of several. If the precision has changed, the validation texts
     run again. Writes operating.json and logits.safetensors, which the other commands read.
     """
     args = parser_of(choose, "max_lost", "sure", "device", "amp").parse_args(words)
     goal = {"max_lost": 3.0, "sure": 90.0} | typed(args, "max_lost", "sure")
-    # At threshold 1 nothing is promised yet, so that no warning speaks of the precision of an old promise.
+    # threshold=1.0 avoids a warning about the precision of the old promise, which is about to be replaced.
     classify = EarlyExitClassifier.load(args.run, threshold=1.0, **typed(args, "device", "amp")).choose(**goal)
     save_choice(args.run, classify.operating_point, classify.validation)
     print_choice(args.run, classify)
@@ -147,7 +147,7 @@ def test(words: list[str]) -> None:
 
 
 def predict(words: list[str]) -> None:
-    """Predict a file of any size, in order and with bounded memory.
+    """Predict the labels of a file's texts, in order, with bounded memory for any file size.
 
         minisweet predict RUN new.csv --out predicted.csv
         minisweet predict RUN new.jsonl --out predicted.tsv --text-columns body --threshold 0.9

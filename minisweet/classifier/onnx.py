@@ -1,7 +1,7 @@
 """A classifier as one ONNX file, which any program with ONNX Runtime and `tokenizers` can run.
 
-torch exports the bag of words and the model. They become one graph with one `If`, see GRAPH: exit 0 answers all rows,
-and only the rows whose confidence is too low are embedded and run through all layers.
+torch exports the bag of words and the model. They become one graph, see GRAPH, with an `If` around the model: exit 0
+answers all rows, and only the rows whose confidence is too low are embedded and run through all layers.
 
 The file is tried on validation rows, one by one, before it is written. A float32 file has the run's threshold and
 promise, because its answers are the model's. Int8 changes some answers, so an int8 file gets a threshold and a promise
@@ -49,7 +49,7 @@ OPSET = 20  # ONNX Runtime reads it, and the graph's version, from 1.18 on
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 NUMBERS = ("chosen_threshold", "bag_temperature", "temperature", "weight")  # the threshold and the rule; constants
 # `threshold` may be left out. As in `leaves` of cascade.py, all rows stay at 1, and none does at `lowest`. The nodes of
-# the model stand for `Model` and its weights beside them, since ONNX Runtime packs weights in their own graph only.
+# the model replace `Model`, with its weights in the same graph, the only place where ONNX Runtime packs them.
 GRAPH = """
 <ir_version: 10, opset_import: ["" : 20]>
 early_exit (int64[batch, tokens] input_ids, int64[batch, tokens] attention_mask, int64[batch, tokens] token_type_ids,
@@ -102,7 +102,7 @@ early_exit (int64[batch, tokens] input_ids, int64[batch, tokens] attention_mask,
 
 
 def insert(graph: GraphProto, op: str, step: nn.Module) -> None:
-    """Put the nodes of a function of tokens in the place of a node, if the graph has it."""
+    """Replace the node `op`, if the graph has one, by the nodes of `step`, a function of tokens."""
     for place, node in enumerate(graph.node):
         if node.op_type == op:
             tokens = tuple(torch.ones(3, 7).long() + n for n in range(len(node.input)))  # equal ones would be merged
@@ -170,7 +170,7 @@ def export_graph(model: FullModel, bag: NgramExit, threshold: float, rule: Rule,
 
 
 def set_numbers(file: ModelProto, threshold: float, rule: Rule) -> None:
-    """Give a file, in place, the threshold that it uses if its input is left out, and a rule."""
+    """Set the default threshold and the rule of a file, in place."""
     kept = [value for value in file.graph.initializer if value.name not in NUMBERS]
     del file.graph.initializer[:]
     new = zip(NUMBERS, (threshold, *rule), strict=True)
@@ -216,7 +216,7 @@ def export_onnx(
 def choose_for_int8(
     file: ModelProto, point: OperatingPoint, record: Namespace, validation: Validation
 ) -> OperatingPoint:
-    """Choose for an int8 file, in place, from its own answers."""
+    """Choose the threshold and the rule of an int8 file from its own answers, and set them in place."""
     set_numbers(file, 0.0, (1.0, 1.0, 0.0))
     # All texts leave at exit 0 at threshold 0, and none does at 1.
     answers = [one_by_one(file, validation.texts, threshold=np.array(at, np.float32))[0] for at in (0, 1)]

@@ -44,7 +44,7 @@ class FullModel(nn.Module):
             return self.head(F.normalize(vector.float()))
 
     def pooled(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-        """What the head reads of texts, (B, T) each: (B, D)."""
+        """The head's input (B, D), from three inputs of shape (B, T)."""
         hidden, context = self.encoder.embed(input_ids, token_type_ids), self.encoder.context(attention_mask)
         for layer in self.encoder.layers:
             hidden = layer(hidden, context)  # (B, T, D)

@@ -155,8 +155,8 @@ def choose(
 ) -> OperatingPoint:
     """Choose what to deploy, from the logits (2, N, C) of both exits for N validation rows, some of which judge.
 
-    Of each row the label (-1 for none), the key of its text and the role are given, (N,). The bag of words contributes
-    to full depth if it `combines`.
+    `labels` (-1 for none), `keys` (of the texts) and `roles` are (N,), one of each per row. If `combines`, the bag of
+    words contributes to full depth.
     """
     # 1. What is decided before anyone looks at the answers to a judging text.
     choosing, judging = np.flatnonzero(roles == CHOOSES), np.flatnonzero(roles == JUDGES)
@@ -182,7 +182,7 @@ def measure(threshold: float, judges: Answers) -> dict[str, Any]:
     """Measure early exit. Returns values of an `OperatingPoint`, and the scores `per_class`."""
     lost = lost_texts(judges, [threshold])[0]  # (U,)
     sent = by_text(judges.keys, judges.stay_at([threshold])[0])  # (U,): the share of the layers that run
-    never = threshold == 1  # all answers are full depth's, at one cost
+    never = threshold == 1  # every text runs all layers, so lost and share cannot vary
     has_labels, rows = judges.is_labelled.any(), judges.scored()
     decided = rows.decide_at([threshold])[0]
     per_class = classification_report(decided, rows.labels, rows.num_labels)

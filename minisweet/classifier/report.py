@@ -1,4 +1,4 @@
-"""The one printer: all that is said about an `OperatingPoint` is made here, from its numbers."""
+"""All text about an `OperatingPoint` is generated here, from its numbers."""
 
 import logging
 from argparse import Namespace
@@ -18,7 +18,7 @@ from minisweet.classifier.promise import Goal, OperatingPoint
 from minisweet.texts import Texts
 
 NOTHING = "nothing faster than full depth can be promised"
-MANY = 2 / 3  # if a larger share of texts reaches the model, early exit hardly pays
+MANY = 2 / 3  # if a larger share of texts reaches the model, early exit is hardly worth it
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def what_is_promised(point: OperatingPoint) -> str:
 
 
 def metric_of(point: OperatingPoint) -> str:
-    """What the scores of an operating point are: those of its judges, who may lack labels that other rows have."""
+    """The metric of an operating point's scores, set by its judging texts; these may lack labels that others have."""
     return "agreement with full depth" if point.majority is None else "accuracy"
 
 
@@ -123,7 +123,7 @@ def summary(cascade: Cascade, point: OperatingPoint, record: Namespace) -> list[
 
 
 def comparison(cascade: Cascade, point: OperatingPoint, answers: Answers) -> list[str]:
-    """Lines on what other texts give, beside what was stated, on whether the promise held, and on each class."""
+    """Lines that compare other texts' results with those stated, say if the promise held, and score each class."""
     measured = promise.measure(cascade.threshold, answers)
     has_labels, was_labelled = answers.is_labelled.any(), point.majority is not None
     is_chosen = cascade.threshold == point.threshold

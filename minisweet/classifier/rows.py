@@ -44,7 +44,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
         for row in map(json.loads, filter(str.strip, lines())) if suffix == ".jsonl" else read_table(lines(), suffix):
             if not isinstance(row, dict):
                 raise ValueError('should be a JSON object, such as {"text": "...", "label": "..."}')
-            to_json(row).encode()  # JSON can hold half of a character, which no file can
+            to_json(row).encode()  # fails for a lone surrogate, which JSON can hold and UTF-8 cannot
             yield number, row
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
@@ -172,7 +172,7 @@ def joined(*parts: Examples) -> Examples:
 
 
 def clean_label(value: Any) -> str | int | float | bool | None:
-    """A label or a group, without blanks around it; None if it is empty or NaN. Raises ValueError for what is none."""
+    """A label or a group, stripped of whitespace; None if it is empty or NaN. Raises ValueError if it cannot be one."""
     if value is None or (isinstance(value, float) and value != value):
         return None
     is_plain = type(value) in (str, int, float, bool)  # the text of an enumeration's member is not its value
@@ -207,7 +207,7 @@ def texts_of(texts: Any, option: str = "") -> Examples:
     values = as_list(texts, option or "texts")
     for i, text in enumerate(values):
         try:
-            text.encode()  # which half of a character, as JSON can hold it, has not
+            text.encode()  # fails for a lone surrogate, which JSON can hold
         except (AttributeError, UnicodeEncodeError):
             raise InputError(f"item {i}: {text!r:.80}, should be one text", option) from None
     return Examples(values, None, None)

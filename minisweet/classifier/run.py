@@ -150,7 +150,7 @@ def load_model(folder: Path, record: Namespace) -> FullModel:
 
 
 def load_cascade(folder: Path, options: Namespace) -> tuple[Namespace, Cascade, OperatingPoint]:
-    """Load the record of a run, what is deployed, and what is stated of it.
+    """Load the record of a run, its cascade and its operating point.
 
     The options are a threshold (None for the one that was chosen), place, precision and batch_size. Raises InputError
     if a file is missing, broken or of another run.
@@ -172,7 +172,7 @@ def load_cascade(folder: Path, options: Namespace) -> tuple[Namespace, Cascade, 
 
 
 def load_validation(folder: Path, record: Namespace, cascade: Cascade) -> Validation:
-    """Load the validation rows. Raises InputError if they are not those of the training, all of them."""
+    """Load the validation rows. Raises InputError if they are not exactly the rows of this run."""
     path = folder / VALIDATION
     try:
         text = path.read_text(encoding="utf-8")

@@ -33,7 +33,7 @@ LOOKED_AT, MANY, IN_COMMON = 300, 1 / 50, 4 / 5
 
 
 def classes_of(labels: Sequence[Any], others: Sequence[Any] = ()) -> list:
-    """The distinct labels (C,), sorted, by number if all are numbers. Whole ones become decimal beside decimal ones.
+    """The distinct labels (C,), sorted, numerically if all are numbers. Integers become floats if any label is a float.
 
     Raises InputError if they and `others` are not of one type, or if NumPy, in whose arrays answers are, changes them.
     """
@@ -51,7 +51,7 @@ def classes_of(labels: Sequence[Any], others: Sequence[Any] = ()) -> list:
 
 
 def numbers_of(labels: Sequence[Any]) -> dict[str | None, int]:
-    """The class of each label as text, and -1 for a row without one."""
+    """A dict from each label, as text, to its class, and from None to -1."""
     return {name_of(label): number for number, label in enumerate(labels)} | {None: -1}
 
 
@@ -87,7 +87,7 @@ def units_of(texts: Texts) -> np.ndarray:
 
 
 def lowest(values: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The lowest of the values (n,) that have the same of the places (n,): (n,)."""
+    """For each of the `places` (n,), the lowest of the `values` (n,) at the same place: (n,)."""
     found = np.full(1 + places.max(initial=-1), np.iinfo(np.int64).max)
     np.minimum.at(found, places, values)
     return found[places]
@@ -124,8 +124,8 @@ def split_rows(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Split N rows, whose `units` (N,) stay together, with classes that are called `labels` (C,).
 
-    The last rows are to validate on, if some are `given` for that; if not, a share `dev_size` of the labelled units is
-    set aside. Units with `known` rows (N,), which a trunk was trained on, cannot validate. Returns the rows to learn
+    The last `given` rows are for validation; if `given` is 0, a share `dev_size` of the labelled units is set aside
+    instead. Units with `known` rows (N,), which a trunk was trained on, cannot validate. Returns the rows to learn
     from with their labels, those to learn from with a model's answers, and those to validate on. Raises InputError,
     naming the data, if the rows have fewer than two classes, or none is left on a side.
     """

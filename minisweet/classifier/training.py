@@ -2,8 +2,8 @@
 
     probe          a logistic regression on the frozen embeddings of the labelled rows, from which the exit starts
     fine-tuning    all layers learn the labels
-    once more      if more texts are unlabelled than labelled, also what the model answers to them
-    bag of words   learns the labels, and what the model answers to unlabelled texts
+    self-training  if unlabelled texts outnumber labelled ones: all layers also learn the model's answers to them
+    bag of words   learns the labels, and the model's answers to unlabelled texts
 
 A trunk, which is a finished classifier, is not trained; only a bag of words is put in front of it.
 
@@ -42,7 +42,7 @@ from minisweet.loading import WEIGHTS
 from minisweet.texts import Examples, Texts, load_tokenizer, special_ids
 
 MAX_LENGTH = 256  # tokens, by default
-EPOCHS, STEPS = 4, 200  # the least epochs and steps of fine-tuning (tried.md)
+EPOCHS, STEPS = 4, 200  # the minimum epochs and steps of fine-tuning (tried.md)
 # Self-training, if more texts are unlabelled than labelled: the maximum number of unlabelled texts, and the epochs.
 MOST_AGAIN, EPOCHS_AGAIN = 5000, 2
 STEP = 3  # how long a text takes to train on, in forward passes
@@ -60,7 +60,7 @@ KINDS = {  # the options that are not text, by what reads them in a shell
 }
 DEPLOYMENT = {"threshold": None, "batch_size": 32, "device": "auto", "amp": "auto"}  # options of a run that is loaded
 BY_DEFAULT_NONE = ("lr", "epochs", "batch_size", "max_length", "threshold")
-BESIDE_TRUNK = "cannot stand beside a trunk: nothing but the bag of words is trained then"
+BESIDE_TRUNK = "cannot be combined with a trunk: only the bag of words is trained then"
 DIVERGED = "at {:g} the loss became infinite or NaN at step {}; try a lower one"
 
 
@@ -164,9 +164,9 @@ def start_from(options: Namespace, name: str, labels: list) -> tuple[FullModel, 
 
 
 def train_model(model: FullModel, texts: Texts, n: int, options: Namespace) -> dict[str, list[float]]:
-    """Train a model with a linear head: the probe, then all layers; perhaps once more, if more than half lack a label.
+    """Train a model with a linear head: the probe, then all layers, and self-training if more than half are unlabelled.
 
-    Of N texts the first n have a label. The model is on the CPU before and after. Returns the losses of each step, by
+    The first n of N texts have labels. The model is on the CPU before and after. Returns the losses of each step, by
     stage.
     """
     rows, size = np.arange(len(texts)), options.batch_size
@@ -212,7 +212,7 @@ def answer_all(model: FullModel, texts: Texts, options: Namespace) -> Tensor:
 
 
 def with_answers(labels: np.ndarray, answers: Tensor) -> np.ndarray:
-    """The targets of labelled texts, then of others: labels (N,), and a model's answers (n, C). (N+n, C), float32."""
+    """Targets (N+n, C) in float32: one-hot labels (N,) of labelled texts, then a model's answers (n, C) to others."""
     return np.concatenate([np.eye(answers.shape[1], dtype=np.float32)[labels], answers.numpy()])
 
 

@@ -136,8 +136,8 @@ def rate_text(rate: float) -> str:
 def counted(runs: Sequence[Run], seeds: Sequence[int]) -> dict[int, Run]:
     """The runs of a task, method and rate by the seed that they count for.
 
-    One that did not converge gives its place to the next run with a further seed that did, as in the paper (Sec. 4.2).
-    Where there is none it keeps its place.
+    A run that did not converge is replaced by the next run with a further seed that did, as in the paper (Sec. 4.2).
+    If there is none, it stays.
     """
     found = {run.seed: run for run in runs}
     first = sorted(seeds, key=lambda n: n not in found)  # those that were not run are the last to get one
@@ -147,7 +147,7 @@ def counted(runs: Sequence[Run], seeds: Sequence[int]) -> dict[int, Run]:
 
 
 def complete(chosen: Chosen, tasks: Sequence[str], methods: Iterable[str]) -> list[str]:
-    """The tasks that all these methods ran on. One with fewer than three seeds does not count beside others."""
+    """The tasks that all these methods ran on. One with fewer than three seeds is left out if another has more."""
     seeds = {task: min(len(chosen.get((task, method), {})) for method in methods) for task in tasks}
     return [task for task in tasks if seeds[task] >= max(1, min(3, max(seeds.values())))]
 
@@ -184,14 +184,14 @@ def samples_of(chosen: Chosen, task: str, methods: Weights, points: Weights) -> 
 
 
 def compare(chosen: Chosen, tasks: Sequence[str], methods: Weights, points: Weights) -> Estimate:
-    """A weighted sum over methods and points, in the mean over the tasks that have runs of all."""
+    """A weighted sum over methods and points, averaged over the tasks that have runs of all methods."""
     counting = complete(chosen, tasks, methods)
     samples = [sample for task in counting for sample in samples_of(chosen, task, methods, points)]
     return estimate(*samples, tasks=len(counting)) if counting else Estimate(np.nan, np.nan, 0)
 
 
 def cell(found: Estimate, of: int = 1, sign: str = "") -> str:
-    """Write a mean over so many tasks, with its interval; see CAPTION. A difference has a sign."""
+    """Format a mean over up to `of` tasks, with its interval; see CAPTION. For a difference, `sign` is "+"."""
     mean, half = round(found.mean, 4), round(found.half, 4)
     text = f"{mean:{sign}.1f}" + ("" if np.isnan(half) else f" ±{half:.1f}")
     text += "*" * bool(sign and abs(mean) > half) + f" ({found.tasks})" * (found.tasks < of)
