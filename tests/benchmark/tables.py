@@ -197,7 +197,7 @@ def other_claims(runs: list[Run]) -> list[list[str]]:
     here = f"{', '.join(map(str, counts))} of {len(leads)}"
     rows.append(["SWEET above EE and MM, at 1/6, 1/4, 1/2, all three", "5 of 7 at each", here, "", "a count"])
     for pooling, name in (("mean", "the mean"), ("cls", "[CLS]")):
-        some = [run for run in runs if run.pooling == pooling]
+        some = {run[: len(report.KEY)]: run for run in runs if run.pooling == pooling}.values()  # the last commit's
         of_ways = [(way, [run.converged for run in some if run.method == way]) for way in METHODS]
         here = ", ".join(f"{named(way)} {converged.count(False)} of {len(converged)}" for way, converged in of_ways)
         rows.append([f"runs that do not converge, {name}", "none of SWEET", here, "", "a count"])
