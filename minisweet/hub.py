@@ -68,8 +68,6 @@ def model_folder(model: str) -> Path:
         raise InputError(f"model {model!r:.80}: neither a folder, nor owner/name on the hub, nor one of {names}")
     if (folder / "run.json").is_file():
         raise InputError(f"model {model!r:.80}: a run, should be public weights; a run of minisweet fit is for --trunk")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"model {model!r:.80}: {folder} has no config.json, should be public weights")
     return folder
 
 

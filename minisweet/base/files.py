@@ -106,7 +106,8 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(regular_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else error  # an OSError's text repeats the path
+        raise InputError(f"{path}: not readable as JSON ({reason})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no JSON object")
     return content

@@ -72,9 +72,9 @@ def load_classifier(folder: Path) -> tuple[FullModel, list]:
 
     Raises InputError if it cannot be read, or is a model for another task.
     """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; should be a run, or a classifier of Hugging Face", "trunk")
     path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder} is no folder with config.json; should be a run, or a classifier", "trunk")
     content = read_json(path)
     names = content.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     labels = [names.get(str(n)) for n in range(len(names))] if isinstance(names, dict) else []

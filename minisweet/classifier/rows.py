@@ -178,7 +178,7 @@ def clean_label(value: Any) -> str | int | float | bool | None:
     is_plain = type(value) in (str, int, float, bool)  # the text of an enumeration's member is not its value
     if not is_plain or value in (math.inf, -math.inf):
         raise ValueError(f"{value!r:.60} is not a label, should be text or a number")
-    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # as in the files of a run
+    json.dumps(value, ensure_ascii=False).encode()  # as in the files of a run
     return (value.strip() or None) if isinstance(value, str) else value
 
 

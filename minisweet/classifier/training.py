@@ -2,7 +2,7 @@
 
     probe          a logistic regression on the frozen embeddings of the labelled rows, from which the exit starts
     fine-tuning    all layers learn the labels
-    self-training  if unlabelled texts outnumber labelled ones: all layers also learn the model's answers to them
+    again          if unlabelled texts outnumber labelled ones: all layers also learn the model's answers to them
     bag of words   learns the labels, and the model's answers to unlabelled texts
 
 A trunk, which is a finished classifier, is not trained; only a bag of words is put in front of it.
@@ -164,7 +164,7 @@ def start_from(options: Namespace, name: str, labels: list) -> tuple[FullModel, 
 
 
 def train_model(model: FullModel, texts: Texts, n: int, options: Namespace) -> dict[str, list[float]]:
-    """Train a model with a linear head: the probe, then all layers, and self-training if more than half are unlabelled.
+    """Train a model with a linear head: the probe, then all layers, and again if more than half are unlabelled.
 
     The first n of N texts have labels. The model is on the CPU before and after. Returns the losses of each step, by
     stage.
