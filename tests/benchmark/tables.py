@@ -221,15 +221,16 @@ def exits(runs: list[Run], model: str) -> list[list[str]]:
 
 
 def by_pooling(runs: list[Run]) -> list[list[str]]:
-    """The first exit, which reads [CLS] or the mean, each at its own tuned rate: EE, SWEET, and their difference."""
-    groups = [(DEEP, name, tasks) for name, tasks in report.with_mean(TASKS[DEEP], "all tasks").items()]
+    """Exits that read [CLS] or the mean, each at its own tuned rate: EE, SWEET, and their difference."""
+    groups = [(DEEP, layer, "all tasks", TASKS[DEEP]) for layer in (1, 4, 12)]
+    groups += [(DEEP, 1, named(task), [task]) for task in TASKS[DEEP]]
     rows = []
-    for model, name, tasks in (*groups, (SMALL, "all tasks", TASKS[SMALL])):
-        rows.append([f"{LAYERS[model][-1]}: {name}"])
+    for model, layer, name, tasks in (*groups, (SMALL, 1, "all tasks", TASKS[SMALL])):
+        rows.append([f"{LAYERS[model][-1]}, exit {layer}: {name}"])
         for pooling in ("cls", "mean"):
             chosen = select(runs, model, pooling=pooling)
-            rows[-1] += [report.row_of(chosen, tasks, method, [1])[0] for method in ("ee", "sweet")]
-            rows[-1].append(cell(compare(chosen, tasks, PAIRS[0], {1: 1}), len(tasks), "+"))
+            rows[-1] += [report.row_of(chosen, tasks, method, [layer])[0] for method in ("ee", "sweet")]
+            rows[-1].append(cell(compare(chosen, tasks, PAIRS[0], {layer: 1}), len(tasks), "+"))
     return rows
 
 
@@ -251,13 +252,13 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
     pairs = {model: [pair_table(runs, model, pair) for pair in range(len(PAIRS))] for model in TASKS}
     claim = ["claim", "paper", "here", "tasks for", "verdict"]
     of_exits = ["layers: task (majority)", "rate", *PLACES, "area at each rate"]
-    reads = ["exit 1", *(f"{what}, {name}" for name in ("[CLS]", "mean") for what in ("EE", "SWEET", "SWEET − EE"))]
+    reads = [f"{what}, {name}" for name in ("[CLS]", "mean") for what in ("EE", "SWEET", "SWEET − EE")]
     return {
         "twelve layers": "\n".join(pairs[DEEP]),
         "six layers": "\n".join([*pairs[SMALL], pair_table(runs, SMALL, 0, "lte")]),
         "other claims": table("", claim, further),
         "exits": table("", of_exits, [row for model in TASKS for row in exits(runs, model)]),
-        "by what exits read": table("", reads, by_pooling(runs)),
+        "by what exits read": table("", ["layers, exit: tasks", *reads], by_pooling(runs)),
         "gradients": table("", ["task, exits read", *places], of_runs),
         "replicates": table("", claim, [*readme, further[0]]),
     }
