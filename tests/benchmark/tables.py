@@ -224,11 +224,11 @@ def by_pooling(runs: list[Run]) -> list[list[str]]:
     """Exits that read [CLS] or the mean, each at its own tuned rate: EE, SWEET, and their difference."""
     groups = [(DEEP, layer, "all tasks", TASKS[DEEP]) for layer in (1, 4, 12)]
     groups += [(DEEP, 1, named(task), [task]) for task in TASKS[DEEP]]
+    poolings = {model: [select(runs, model, pooling=pooling) for pooling in ("cls", "mean")] for model in TASKS}
     rows = []
     for model, layer, name, tasks in (*groups, (SMALL, 1, "all tasks", TASKS[SMALL])):
         rows.append([f"{LAYERS[model][-1]}, exit {layer}: {name}"])
-        for pooling in ("cls", "mean"):
-            chosen = select(runs, model, pooling=pooling)
+        for chosen in poolings[model]:
             rows[-1] += [report.row_of(chosen, tasks, method, [layer])[0] for method in ("ee", "sweet")]
             rows[-1].append(cell(compare(chosen, tasks, PAIRS[0], {layer: 1}), len(tasks), "+"))
     return rows
