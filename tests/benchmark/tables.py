@@ -7,6 +7,7 @@ python -m tests.benchmark.tables --add RUN... --commit HASH    # rows of runs of
 import re
 from collections import defaultdict
 from fractions import Fraction
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ TASKS = {DEEP: ["sst2", "mrpc", "cola", "rte"], SMALL: ["sst2", "mrpc", "qqp"]} 
 BESIDE = {DEEP: ["qqp"], SMALL: []}  # in no mean: MPNet was trained on Quora's pairs
 LAYERS, PLACES = {DEEP: [1, 4, 6, 12], SMALL: [1, 2, 3, 6]}, ("first exit", "second", "third", "last")
 METHODS = ["ee", "mm", "sweet"]
+ROWS = 6000  # to train on, as in the paper
 # BERT-base in the paper: scores at exits 1, 4, 6 and 12, with their deviations over three seeds (Tables 1 and 4). Exits
 # 1, 2, 3 and 6 of six layers are the same shares of the layers, but for the first: 1/6, not 1/12.
 SCORES = {
@@ -57,22 +59,25 @@ WORDS = [("float32", side) for side in ("our file, bag of words", RIVALS[0], "ou
 WORDS += [("float32", "our file, full depth")]
 
 
-def of_pairs(runs: list[Run], model: str, strategy="confidence", pooling="mean") -> dict[tuple[str, str], list[Run]]:
-    """A model's runs, by task and method."""
+def of_pairs(
+    runs: list[Run], model: str, strategy="confidence", pooling="mean", size=ROWS
+) -> dict[tuple[str, str], list[Run]]:
+    """A model's runs with so many training rows, by task and method."""
     found = defaultdict(list)
     for run in runs:
-        size = 6400 if run.task == "mnli" else 6000  # in the paper: for the gradients, and elsewhere
         if (run.model, run.strategy, run.pooling, run.train_size) == (model, strategy, pooling, size):
             found[run.task, run.method].append(run)
     return found
 
 
-def select(runs: list[Run], model: str, strategy="confidence", pooling="mean", rate: float | None = None) -> Chosen:
+def select(
+    runs: list[Run], model: str, strategy="confidence", pooling="mean", size=ROWS, rate: float | None = None
+) -> Chosen:
     """The runs that are compared: each task's and method's at the tuned rate, or all at one rate.
 
     A rate counts for a task once all its methods ran it on seed 0, and wins once it has three seeds, as others have.
     """
-    found, chosen = of_pairs(runs, model, strategy, pooling), {}
+    found, chosen = of_pairs(runs, model, strategy, pooling, size), {}
     for task, method in found:
         searched = [{run.rate for run in found.get((task, way), ()) if run.seed == 0} for way in METHODS]
         by_rate = {}
@@ -197,7 +202,8 @@ def other_claims(runs: list[Run]) -> list[list[str]]:
     here = f"{', '.join(map(str, counts))} of {len(leads)}"
     rows.append(["SWEET above EE and MM, at 1/6, 1/4, 1/2, all three", "5 of 7 at each", here, "", "a count"])
     for pooling, name in (("mean", "the mean"), ("cls", "[CLS]")):
-        some = {run[: len(report.KEY)]: run for run in runs if run.pooling == pooling}.values()  # the last commit's
+        of_pooling = [run for run in runs if (run.pooling, run.train_size) == (pooling, ROWS)]
+        some = {run[: len(report.KEY)]: run for run in of_pooling}.values()  # the last commit's
         of_ways = [(way, [run.converged for run in some if run.method == way]) for way in METHODS]
         here = ", ".join(f"{named(way)} {converged.count(False)} of {len(converged)}" for way, converged in of_ways)
         rows.append([f"runs that do not converge, {name}", "none of SWEET", here, "", "a count"])
@@ -234,6 +240,18 @@ def by_pooling(runs: list[Run]) -> list[list[str]]:
     return rows
 
 
+def by_size(runs: list[Run]) -> str:
+    """SWEET − EE on SST-2 by the number of training rows, each at its own tuned rate (the paper's Fig. 8)."""
+    rows, points = [], [*LAYERS[SMALL], *FAST[1:]]
+    for size in sorted({run.train_size for run in runs if (run.model, run.task) == (SMALL, "sst2")}):
+        chosen = select(runs, SMALL, size=size)
+        rates = "/".join(rate_text(next(iter(chosen["sst2", way].values())).rate) for way in ("ee", "sweet"))
+        texts = report.differences(chosen, ["sst2"], PAIRS[0], points)[0][1:]
+        rows.append([f"{size:,} ({2 * ceil(size / 16):,})", rates, *texts])  # two epochs, batches of 16
+    head = ["SWEET − EE, SST-2, by training rows (steps)", "rates, EE/SWEET"]
+    return table("", [*head, *(f"exit {n}" for n in LAYERS[SMALL]), *FAST[1:]], rows)
+
+
 def paper_blocks(runs: list[Run]) -> dict[str, str]:
     """The tables of the paper's page, and README's of it."""
     gradients: dict = defaultdict(dict)
@@ -255,7 +273,7 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
     reads = [f"{what}, {name}" for name in ("[CLS]", "mean") for what in ("EE", "SWEET", "SWEET − EE")]
     return {
         "twelve layers": "\n".join(pairs[DEEP]),
-        "six layers": "\n".join([*pairs[SMALL], pair_table(runs, SMALL, 0, "lte")]),
+        "six layers": "\n".join([*pairs[SMALL], pair_table(runs, SMALL, 0, "lte"), by_size(runs)]),
         "other claims": table("", claim, further),
         "exits": table("", of_exits, [row for model in TASKS for row in exits(runs, model)]),
         "by what exits read": table("", ["layers, exit: tasks", *reads], by_pooling(runs)),
