@@ -123,7 +123,7 @@ def test_cells_of_the_tables_are_those_of_another_program():
         ("**mean**", four, ("mm", "ee"), "exit", "4", 2, ""),
         ("**mean**", four, ("sweet", "ee"), "share", "1/2", 7, ""),
     ):
-        start = next(n for n, line in enumerate(lines) if line.startswith(f"| {report.named(*pair)} "))
+        start = next(n for n, line in enumerate(lines) if line.startswith(f"| **{report.named(*pair)}** "))
         line = next(line for line in lines[start:] if line.startswith(f"| {name} "))
         assert line.split(" | ")[cell].strip(" |").partition(" (")[0] == cell_of(
             rows, tasks, *pair, column, place, rate
@@ -194,19 +194,37 @@ def test_new_rows_enter_the_tables(made):
     ]
     runs += [made("cola", "ee", 5e-5, seed, 70.0 + seed) for seed in range(3)]
     runs.append(made("cola", "sweet", 5e-5, 0, 50.0))
-    rows = [line.split(" | ") for line in tables.pair_table(runs, tables.DEEP, 0).splitlines()]
-    assert [row[:2] for row in rows[2:6]] == [
-        ["| **mean**", "-2.5 ±0.0*"],
-        ["| over tasks", "-2.5 ±8.0"],
-        ["| verdict", "contradicted"],
-        ["| both at 1e-4", "+0.0 ±0.0"],
+    rows = tables.pair_rows(runs, tables.DEEP, 0)
+    assert [row[:2] for row in rows[:5]] == [
+        ["**SWEET − EE** (paper)", "+3.6 ±1.0*"],
+        ["**mean**", "-2.5 ±0.0*"],
+        ["over tasks", "-2.5 ±8.0"],
+        ["verdict", "contradicted"],
+        ["both at 1e-4", "+0.0 ±0.0"],
     ]
-    assert [row[0] for row in rows[6:]] == ["| SST-2", "| MRPC", "| CoLA", "| RTE"]
+    assert [row[0] for row in rows[5:]] == ["SST-2", "MRPC", "CoLA", "RTE"]
     runs += [made("qqp", way, 1e-4, seed, 50.0) for way in ("ee", "sweet") for seed in range(3)]
-    assert tables.pair_table(runs, tables.DEEP, 0).splitlines()[-1].startswith("| QQP, in no mean | +0.0 ±0.0 |")
+    assert tables.pair_rows(runs, tables.DEEP, 0)[-1][:2] == ["QQP, in no mean", "+0.0 ±0.0"]
     runs = [run._replace(model=tables.SMALL, exits=dict.fromkeys((1, 2, 3, 6), (60.0, 2))) for run in runs]
     runs += [made("sst2", way, rate, 0, 65.0, tables.SMALL) for way in ("ee", "sweet") for rate in (2e-5, 5e-5)]
     assert "2e-5: 65.0/–/65.0, 5e-5: 65.0/–/65.0, 1e-4: 60.0/–/60.0" in tables.exits(runs, tables.SMALL)[0][-1]
+
+
+def test_runs_with_other_numbers_of_rows_have_a_table_of_their_own(made):
+    def some(size: int, lead: float) -> list[report.Run]:
+        scores = {"ee": 60.0, "sweet": 60.0 + lead}
+        runs = [made("sst2", way, 1e-4, n, scores[way], tables.SMALL) for way in scores for n in range(3)]
+        return [run._replace(train_size=size) for run in runs]
+
+    runs = some(6000, 1.0)
+    before = tables.exits(runs, tables.SMALL), tables.pair_rows(runs, tables.SMALL, 0)
+    runs += [run._replace(rate=2e-4, area=70.0) for run in some(600, 5.0)]
+    assert (tables.exits(runs, tables.SMALL), tables.pair_rows(runs, tables.SMALL, 0)) == before
+    rows = [line.split(" | ")[:3] for line in tables.by_size(runs).splitlines()[2:]]
+    assert rows == [
+        ["| 600 (76)", "2e-4/2e-4", "+5.0 ±0.0*"],
+        ["| 6,000 (750)", "1e-4/1e-4", "+1.0 ±0.0*"],
+    ]
 
 
 @pytest.mark.parametrize(

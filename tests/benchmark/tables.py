@@ -145,8 +145,8 @@ def near_chance(chosen: Chosen, task: str, pair: Weights, point: int | Fraction)
     return all(round(of.mean - of.half, 4) <= round(constant, 4) for of in found)
 
 
-def pair_table(runs: list[Run], model: str, pair: int, strategy: str = "confidence") -> str:
-    """One method minus another, by exits and shares: the mean and its verdict; on twelve layers, each task, too."""
+def pair_rows(runs: list[Run], model: str, pair: int, strategy: str = "confidence") -> list[list[str]]:
+    """One method minus another: the paper's differences, our mean and its verdict; on twelve layers, also each task."""
     chosen, papers, points = select(runs, model, strategy), of_paper(pair, strategy), [*LAYERS[model], *FAST]
     weights = PAIRS[pair]
     tasks, beside = (report.complete(chosen, of[model], weights) for of in (TASKS, BESIDE))
@@ -164,10 +164,8 @@ def pair_table(runs: list[Run], model: str, pair: int, strategy: str = "confiden
     of_tasks += [
         [f"{name}, in no mean", *texts] for name, *texts in report.differences(chosen, beside, weights, points)
     ]
-    places = [f"exit {point}" if isinstance(point, int) else point for point in points]
-    head = [f"{place} ({told(paper)})" for place, paper in zip(places, papers, strict=True)]
-    title = named(*weights) + ", learning-to-exit" * (strategy == "lte")
-    return table("", [title, *head], of_means + of_tasks * (model == DEEP))
+    title = f"**{named(*weights)}**{', learning-to-exit' * (strategy == 'lte')} (paper)"
+    return [[title, *map(told, papers)], *of_means, *(of_tasks if model == DEEP else [])]
 
 
 def other_claims(runs: list[Run]) -> list[list[str]]:
@@ -267,13 +265,15 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
         title = f"{named(*PAIRS[pair])}, {'exit' if n < 4 else 'curve at'} {points[n]}"
         args = select(runs, DEEP), TASKS[DEEP], PAIRS[pair], {points[n]: 1}, of_paper(pair)[n]
         readme.append(judge(title, *args))
-    pairs = {model: [pair_table(runs, model, pair) for pair in range(len(PAIRS))] for model in TASKS}
+    pairs = {model: [row for pair in range(len(PAIRS)) for row in pair_rows(runs, model, pair)] for model in TASKS}
+    pairs[SMALL] += pair_rows(runs, SMALL, 0, "lte")
+    heads = {model: ["", *(f"exit {n}" for n in LAYERS[model]), *FAST] for model in TASKS}
     claim = ["claim", "paper", "here", "tasks for", "verdict"]
     of_exits = ["layers: task (majority)", "rate", *PLACES, "area at each rate"]
     reads = [f"{what}, {name}" for name in ("[CLS]", "mean") for what in ("EE", "SWEET", "SWEET − EE")]
     return {
-        "twelve layers": "\n".join(pairs[DEEP]),
-        "six layers": "\n".join([*pairs[SMALL], pair_table(runs, SMALL, 0, "lte"), by_size(runs)]),
+        "twelve layers": table("", heads[DEEP], pairs[DEEP]),
+        "six layers": table("", heads[SMALL], pairs[SMALL]) + "\n" + by_size(runs),
         "other claims": table("", claim, further),
         "exits": table("", of_exits, [row for model in TASKS for row in exits(runs, model)]),
         "by what exits read": table("", ["layers, exit: tasks", *reads], by_pooling(runs)),
