@@ -198,8 +198,8 @@ def test_new_rows_enter_the_tables(made):
     assert [row[:2] for row in rows[:5]] == [
         ["**SWEET − EE** (paper)", "+3.6 ±1.0*"],
         ["**mean**", "-2.5 ±0.0*"],
-        ["over tasks", "-2.5 ±8.0"],
         ["verdict", "contradicted"],
+        ["over tasks", "-2.5 ±8.0"],
         ["both at 1e-4", "+0.0 ±0.0"],
     ]
     assert [row[0] for row in rows[5:]] == ["SST-2", "MRPC", "CoLA", "RTE"]

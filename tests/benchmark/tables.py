@@ -152,9 +152,8 @@ def pair_rows(runs: list[Run], model: str, pair: int, strategy: str = "confidenc
     tasks, beside = (report.complete(chosen, of[model], weights) for of in (TASKS, BESIDE))
     rows = report.differences(chosen, tasks, weights, points)
     of_means, of_tasks = rows[: -len(tasks)], rows[-len(tasks) :]
-    of_means.append(["verdict"])
-    for point, paper in zip(points, papers, strict=True):
-        of_means[-1].append(verdict(compare(chosen, tasks, weights, {point: 1}), paper))
+    found = [compare(chosen, tasks, weights, {point: 1}) for point in points]
+    of_means.insert(1, ["verdict", *map(verdict, found, papers)])
     at_one_rate = select(runs, model, strategy, rate=1e-4)
     if pair == 0 and model == DEEP and report.complete(at_one_rate, tasks, weights) == tasks:
         of_means.append(["both at 1e-4", *report.differences(at_one_rate, tasks, weights, points)[0][1:]])
