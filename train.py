@@ -3,8 +3,8 @@
     python train.py                                   # minilm-l6, sweet, toy: a few minutes on two cores
     python train.py --model bert-base --method sweet --task rte
 
-Writes a run folder for evaluate.py. The training loop is `fine_tune` below; the methods differ in the forward pass of
-minisweet/exits.py.
+Writes a run folder for evaluate.py. The training loop is `fine_tune` in this file; the methods differ in the forward
+pass of minisweet/exits.py.
 
 Dimension letters: B batch, K exits, C classes.
 """
@@ -51,8 +51,9 @@ def fine_tune(
     """Train all parameters of a model on labelled texts (App. A). Returns the losses of each step, (steps, K).
 
     The loss is the unweighted sum of the exits' losses. The learning rate decays linearly from `lr` to zero. As in the
-    authors' code, there is no weight decay and no warm-up. `precision` is the type to autocast to; None means float32.
-    Between epochs, score dev rows by `model.eval()`, `answer_all`, `model.train()`, without `used_rows` in `train`.
+    authors' code, there is no weight decay and no warm-up, and the norm over all gradients is clipped to 1: a factor
+    that SWEET's exits share. `precision` is the type to autocast to; None means float32. To add a score of dev rows
+    between epochs, call `model.eval()`, `answer_all`, `model.train()`, and drop `used_rows`, which cuts the vocabulary.
     Raises InputError if a loss, or a trained parameter, is infinite or NaN.
     """
     device = torch.device(device)
@@ -163,7 +164,7 @@ def main() -> None:
     add_training_options(parser)
     option("--lr", type=positive_number, help="initial learning rate (default: by the model and the task)")
     option("--seed", type=number(int, 0), default=0, help="of rows, order, heads and dropout (default: %(default)s)")
-    option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
+    option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>[-lte])")
     option("--overwrite", action="store_true", help="replace the run in --out when the new one is trained")
     args = parser.parse_args()
     tune_cpu()

@@ -4,7 +4,7 @@
     SWEET (sweet)       -- 1 x- 2 x- 3                 the gradient stops at x, the previous exit
     Multi-Model (mm)    -- 1    ----- 2    -------- 3  one model per exit, trained alone
 
-The loss is the sum of the exits' losses (train.py). In SWEET, each parameter gets the gradient of one of them alone.
+The loss is the sum of the exits' losses. In SWEET, each parameter gets the gradient of one alone, clipped jointly.
 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """

@@ -10,7 +10,7 @@ from minisweet.exits import HEADS
 from minisweet.hub import home
 
 WHAT = ("model", "pooling", "exit_layers", "exit_strategy", "train_size", "max_length", "epochs", "batch_size", "amp")
-WHERE = ("data_dir", "device")  # these two do not change what is trained
+WHERE = ("data_dir", "device")  # where the files are and where it runs: not part of what defines a run
 
 
 def add_training_options(parser: Parser) -> None:

@@ -5,8 +5,8 @@
 - a match: "They promised Anna a lamp and sent a radio." The model must compare two words.
 - neighbours: "The lamp was quite new and never quite superb." It matters which word the negation precedes.
 
-On the three harder levels, each word and each pair of neighbouring words occurs in as many positive as negative
-sentences, so a bag of words and word pairs is right on half of them. Dev shares no goods and no names with train.
+On the three harder levels, each word and each pair of neighbouring words occurs equally often in positive and negative
+sentences, so counts of words and word pairs are right on half of the dev rows. Dev has its own goods and names.
 """
 
 import csv

@@ -238,12 +238,14 @@ def test_runs_with_other_numbers_of_rows_have_a_table_of_their_own(made):
         (-2.8, 1.3, (-0.4, 1.4), "not resolved in the paper"),
         (0.5, 1.2, (1.3, 0.5), "inconclusive"),
         (0.4, 0.5, (0.2, 1.2), "compatible"),
-        (1.2, 0.5, (0.2, 1.2), "contradicted"),
-        (0.4, 0.7, (0.2, 1.2), "inconclusive"),
+        (1.2, 0.5, (0.2, 1.2), "not resolved in the paper"),
+        (0.4, 0.7, (0.2, 1.2), "not resolved in the paper"),
         (2.0, 0.7, (2.3, math.nan), "replicated"),  # its interval is not known
         (1.2, 0.5, "above", "replicated"),
         (1.2, 0.5, "below", "contradicted"),
         (0.5, 0.4, "equal", "compatible"),
+        (-1.2, 0.5, "equal", "contradicted"),
+        (0.5, 0.6, "equal", "inconclusive"),
         (1.2, math.nan, "above", ""),
     ],
 )

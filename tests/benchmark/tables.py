@@ -112,14 +112,13 @@ def verdict(ours: Estimate, paper: Estimate | str) -> str:
     excludes_0 = abs(ours.mean) > ours.half
     if np.isnan(ours.half):
         return ""
-    if abs(number) < 0.25:  # no difference
-        is_small = abs(ours.mean) + ours.half <= 1
-        return "compatible" if is_small else "contradicted" if excludes_0 else "inconclusive"
+    if abs(number) < 0.25 and abs(ours.mean) + ours.half <= 1:  # no difference
+        return "compatible"
     if abs(number) < half - 0.1:
         return "not resolved in the paper"
     if not excludes_0:
         text = "inconclusive"
-    elif number * ours.mean < 0:
+    elif number * ours.mean <= 0:  # 0: equal curves
         text = "contradicted"
     elif is_curve or abs(number - ours.mean) <= ours.half:
         text = "replicated"
