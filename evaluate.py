@@ -182,7 +182,7 @@ def main() -> None:
     parser = Parser(__doc__)
     option = parser.add_argument
     option("runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: the newest under runs/)")
-    option("--plot", type=path_to(".png"), metavar="PNG", help="draw the curves of evaluated runs in one picture")
+    option("--plot", type=path_to(".png"), metavar="PNG", help="draw evaluated runs' curves; replaced if it exists")
     about = "how many, from the criterion's lowest confidence to 1 (default: 11)"
     option("--thresholds", type=number(int, 2, 10001), help=about)
     option("--criterion", choices=CRITERIA, help="what the confidence is (default: the run's --exit-strategy)")

@@ -2,7 +2,7 @@
 
 An exit's answer does not depend on which other texts have left, so the answers of all exits determine, for every
 threshold, which text leaves where. With equal temperatures live early exit decides the same (tests/test_paper.py),
-except where a confidence is within rounding error of the threshold: 1e-6 in float32, 1e-2 in bfloat16. (The table of
+except where a confidence is within rounding error of the threshold: 3e-6 in float32, 1e-2 in bfloat16. (The table of
 evaluate.py has cross-fitted temperatures, and --predict those of all dev rows.)
 
 Dimension letters: B texts, T tokens, K exits, C classes, N texts in all, R texts of a batch that have not left.

@@ -70,7 +70,7 @@ def find_task(name: str, data_dir: Path) -> Task:
     rows = (cells for _, cells in read_cells(path, (*texts, "label"), may_be_short=True))
     labels = {cells[-1] for cells in rows if "".join(cells[:-1]).strip()} - {""}
     if len(labels) < 2:
-        raise InputError(f"{path}: its labels are {preview(sorted(labels))}, should be two or more classes")
+        raise InputError(f"{path}: its labels are {preview(sorted(labels)) or 'none'}, should be two or more classes")
     return Task(tuple(sorted(labels)), name, columns=(*texts, "label"), numbered=False, steps=PAPER_STEPS)
 
 

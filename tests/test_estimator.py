@@ -206,6 +206,11 @@ def test_what_the_commands_do_is_done_from_python_and_they_take_its_run(new, tmp
     assert [first.exit_layer, last.exit_layer] == [4, 4]
     assert refused(classify.export, tmp_path / "other").endswith("other: should end in .onnx")
     classify.save("run")
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").touch()
+    assert refused(classify.save, "mine", overwrite=True) == "out: mine exists and is not a run; name another folder"
+    assert Path("mine/thesis.txt").exists()
+    classify.save("run", overwrite=True)
     rows = [(*row, f"new {n // 4}") for n, row in enumerate(zip(*others, strict=True))]
     write_rows(Path("new.csv"), rows, "text", "label", "group")
     assert command(predict, "run", "new.csv", "--out", "p.csv")[0] == 0
@@ -216,6 +221,7 @@ def test_what_cannot_be_answered_loaded_or_set_is_named(new, own_run, tmp_path):
     for call in (lambda: new().predict(["a"]), new().choose, lambda: new().save(tmp_path / "a")):
         assert "not trained yet; call fit, or EarlyExitClassifier.load" in refused(call)
     assert refused(new().set_params, max_loss=1).startswith("max_loss: unknown parameter, should be one of model, ")
+    assert refused(new(trunk="").fit, ["a"] * 9, ["x"] * 9) == "trunk: '', should be a name or a folder"
     load = EarlyExitClassifier.load
     assert refused(load(own_run).predict, ["a", None]) == "item 1: None, should be one text"
     assert refused(load, own_run, amp="bfloat16").startswith("amp: 'bfloat16', should be one of auto, off")

@@ -19,6 +19,7 @@ from minisweet.classifier.rows import labels_of, name_of, rows_of, texts_of
 from minisweet.classifier.run import Validation, load_cascade, load_validation, save_run
 from minisweet.classifier.split import rows_to_test
 from minisweet.classifier.training import check_options, train
+from minisweet.run import check_output
 from minisweet.texts import Examples
 
 
@@ -273,7 +274,12 @@ class EarlyExitClassifier:
         return classifier
 
     def save(self, run: str | Path, overwrite: bool = False) -> None:
-        """Write a run folder, which must not exist, or is replaced if `overwrite`."""
+        """Write a run folder, with the last choice of `fit` or `choose` (not a `threshold` that was given to `load`).
+
+        Raises InputError if the folder cannot be written, or holds anything but a run to `overwrite`.
+        """
+        if overwrite:
+            check_output(Path(run), overwrite)
         save_run(Path(run), *self.deployed, self.record, self.validation, overwrite)
 
 

@@ -68,7 +68,8 @@ def check_options(**given: Any) -> Namespace:
     """Options as plain types, with the place and precision to compute in. Raises InputError, which names the option."""
     given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     for name in ("model", "trunk"):
-        if name in given and not isinstance(given[name], str) and (name == "model" or given[name] is not None):
+        value = given.get(name, "none is given")
+        if not (value and isinstance(value, str)) and (name == "model" or value is not None):
             raise InputError(f"{given[name]!r:.80}, should be a name or a folder", name)
     for name in KINDS.keys() & given.keys():
         if given[name] is not None or name not in BY_DEFAULT_NONE:

@@ -67,7 +67,7 @@ def main(words: list[str]) -> None:
     option = parser.add_argument
     option("runs", nargs="+", type=Path, metavar="RUN", help="run of EE on one of the tasks; or several seeds of it")
     option("--batches", type=number(int, 2), default=10, help="new training batches to measure on (default: 10)")
-    option("--out", type=path_to(".csv"), default=Path("gradients.csv"), help="(default: gradients.csv)")
+    option("--out", type=path_to(".csv"), default=Path("gradients.csv"), help="is replaced (default: gradients.csv)")
     option("--data-dir", type=Path, help="the folder of the tasks (default: that of the training)")
     args = parser.parse_args(words)
     runs = [read_run(folder) for folder in args.runs]
