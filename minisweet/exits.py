@@ -147,6 +147,7 @@ def build_models(
 
     `first_layers(n)` makes an encoder of a checkpoint's first n layers. For the other arguments see `MultiExitModel`.
     """
+    check_exits(exit_layers, max([1, *exit_layers]), method, exit_strategy, POOLINGS[0])
     exits_of = [[n] for n in exit_layers] if method == "mm" else [exit_layers]
     return [MultiExitModel(first_layers(own[-1]), own, num_labels, method, exit_strategy) for own in exits_of]
 
@@ -183,9 +184,8 @@ class LearningToExitHead(ExitHead):
 
 def check_exits(exit_layers: Sequence[int], depth: int, method: str, exit_strategy: str, pooling: str) -> None:
     """Raise ValueError for layers that an encoder of this depth cannot have exits at, and for unknown names."""
-    layers = list(exit_layers)
-    if not layers or layers != [n for n in range(1, depth + 1) if n in layers]:
-        raise ValueError(f"exit_layers is {layers}, and must be increasing layers in 1 to {depth}")
+    if not exit_layers or [*exit_layers] != [n for n in range(1, depth + 1) if n in exit_layers]:
+        raise ValueError(f"exit_layers is {[*exit_layers]}, and must be increasing layers in 1 to {depth}")
     for value, known in ((method, METHODS), (exit_strategy, HEADS), (pooling, POOLINGS)):
         if value not in known:
             raise ValueError(f"{value!r} is none of {', '.join(known)}")

@@ -38,6 +38,9 @@ def test_multi_model_is_models_of_the_first_layers_which_read_no_others(model_di
         torch.testing.assert_close(model.eval().encoder(*batch)[-1], whole(*batch)[n], atol=0, rtol=0)
     small, large = ({parameter.data_ptr() for parameter in model.parameters()} for model in models)
     assert not small & large
+    for wrong in [(), (3, 1), (1, 1), (0, 2)]:
+        with pytest.raises(ValueError, match="exit_layers is"):
+            build_multi_model(model_dir, wrong, 2)
 
 
 def test_each_exit_has_a_head_which_starts_from_the_checkpoints_pooler(tmp_path):
